@@ -1,0 +1,417 @@
+"""Turn any model sparse in place, and back; say what was done and why.
+
+``sparsify`` replaces ``nn.Linear`` and transformers' ``Conv1D`` by :class:`slope.SlopeLinear`.
+Dense by default: embeddings and norms (no linear layers), tied weights, the output head, and the
+first linear layer after the embedding, block 0's QKV (arXiv:2405.16325, section 3).
+"""
+
+from __future__ import annotations
+
+import difflib
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from slope.adapters import Adapter, resolve_rank
+from slope.config import SparsityConfig
+from slope.linear import SlopeLinear, check_divides, dense_weight
+from slope.masks import random_row_keep_mask, row_keep_mask
+from slope.pattern import NMPattern
+
+_QKV_NAMES = {
+    "c_attn", "q_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "query", "key", "value",
+    "query_key_value", "qkv", "wqkv", "in_proj", "wq", "wk", "wv",
+}  # fmt: skip
+_HEAD_NAMES = {"lm_head", "embed_out", "output_head", "head"}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear layer.
+
+    Attributes:
+        name: module path.
+        in_features: d_in.
+        out_features: d_out.
+        pattern: its N:M pattern, or None if it stayed dense.
+        reason: why it stayed dense, or None.
+        numel_dense: weights before.
+        numel_stored: weights stored now, adapters not counted.
+        bytes_dense: bytes of the dense weight in its dtype.
+        bytes_stored: bytes of values, metadata and column mask.
+        rank: of its adapter, 0 without.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    pattern: NMPattern | None
+    reason: str | None
+    numel_dense: int
+    numel_stored: int
+    bytes_dense: int
+    bytes_stored: int
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What :func:`sparsify` did, layer by layer; ``str`` gives the summary and a table.
+
+    Attributes:
+        layers: one report per linear layer, in the model's order.
+        parameters_dense: parameters of the dense model, adapters not counted.
+        parameters_stored: parameters now, adapters included.
+    """
+
+    layers: tuple[LayerReport, ...]
+    parameters_dense: int
+    parameters_stored: int
+
+    @property
+    def sparse(self) -> list[LayerReport]:
+        """The sparse layers."""
+        return [layer for layer in self.layers if layer.pattern is not None]
+
+    @property
+    def weight_bytes_sparse_layers(self) -> int:
+        """Bytes of values, metadata and column masks of the sparse layers."""
+        return sum(layer.bytes_stored for layer in self.sparse)
+
+    @property
+    def weight_bytes_dense_equivalent(self) -> int:
+        """Bytes of the same layers' weights, were they dense."""
+        return sum(layer.bytes_dense for layer in self.sparse)
+
+    def summary(self) -> str:
+        """One line: how many layers, which patterns, how many parameters."""
+        patterns = ", ".join(sorted({str(layer.pattern) for layer in self.sparse})) or "none"
+        return (
+            f"sparsified {len(self.sparse)} of {len(self.layers)} linear layers ({patterns}), "
+            f"{_count(self.parameters_dense)} -> {_count(self.parameters_stored)} parameters"
+        )
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.layers), default=5)
+        lines = [self.summary(), f"  {'layer':<{width}}  {'d_out x d_in':>14}  pattern  note"]
+        for layer in self.layers:
+            shape = f"{layer.out_features} x {layer.in_features}"
+            note = layer.reason or (f"adapter rank {layer.rank}" if layer.rank else "")
+            pattern = layer.pattern or "dense"
+            lines.append(f"  {layer.name:<{width}}  {shape:>14}  {pattern!s:<7}  {note}".rstrip())
+        return "\n".join(lines)
+
+
+def sparsify(model: nn.Module, config: SparsityConfig | None = None) -> SparsityReport:
+    """Make the linear layers of ``model`` sparse, in place; call before making the optimizer.
+
+    Args:
+        model: any module with ``nn.Linear`` or transformers' ``Conv1D`` layers; may be on the meta
+            device, then only shapes are converted.
+        config: settings; None takes 2:4 without adapters.
+
+    Returns:
+        A report that names every linear layer and why it stayed dense.
+
+    Raises:
+        ValueError: if no layer matched, a skip pattern or rule matches nothing, a size is not
+            divisible by m, an adapter's rank does not fit, or the model is sparse already. Nothing
+            has been changed then.
+    """
+    config = config or SparsityConfig()
+    if any(True for _ in sparse_layers(model)):
+        raise ValueError(
+            "the model is sparse already; call slope.densify(model) first to sparsify it anew."
+        )
+    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    _check_patterns_match(model, config)
+    plan = {name: _decide(model, name, module, config) for name, module in linears.items()}
+    chosen = {name: pattern for name, (pattern, _) in plan.items() if pattern is not None}
+    if not chosen:
+        found = Counter(type(module).__name__ for module in linears.values())
+        listed = ", ".join(f"{kind} x{count}" for kind, count in found.items()) or "none"
+        reasons = "; ".join(f"{name}: {reason}" for name, (_, reason) in list(plan.items())[:4])
+        raise ValueError(
+            f"sparsify() matched no layers. Linear-like modules found: {listed}. "
+            + (f"They stay dense because: {reasons}. Change skip or rules." if reasons else "")
+        )
+    for name, pattern in chosen.items():
+        out_features, in_features = dense_weight(linears[name]).shape
+        check_divides(in_features, out_features, pattern, name)
+        if config.adapter_rank:
+            _check_rank(config.adapter_rank, in_features, out_features, name)
+    for name, pattern in chosen.items():
+        _replace(model, name, _sparse_from(name, linears[name], pattern, config))
+    return _report(model, {name: reason for name, (_, reason) in plan.items()})
+
+
+def densify(model: nn.Module, fold_adapters: bool = False) -> nn.Module:
+    """Replace every :class:`SlopeLinear` by the dense layer it came from, with zeros; in place.
+
+    Args:
+        model: a sparse model.
+        fold_adapters: add active adapters into the dense weight; else an active adapter is an
+            error, since dropping it would change the outputs.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the model has no sparse layers, or an active adapter would be lost.
+    """
+    layers = list(sparse_layers(model))
+    if not layers:
+        raise ValueError("densify() found no SlopeLinear; the model is dense already.")
+    for name, layer in layers:
+        if layer.adapter is not None and layer.adapter.active and not fold_adapters:
+            raise ValueError(
+                f"layer {name!r} has an active adapter that a dense layer would lose; call "
+                "densify(model, fold_adapters=True)."
+            )
+    for name, layer in layers:
+        _replace(model, name, _dense_from(layer))
+    return model
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SlopeLinear]]:
+    """(name, layer) of every :class:`SlopeLinear`, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, SlopeLinear):
+            yield name, module
+
+
+def sparsity_report(model: nn.Module) -> SparsityReport:
+    """Report on a model as it is, sparse or dense."""
+    return _report(model, {})
+
+
+def adapters(model: nn.Module) -> Iterator[Adapter]:
+    """Every adapter of the model."""
+    for _, layer in sparse_layers(model):
+        if layer.adapter is not None:
+            yield layer.adapter
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of all adapters: give them a group of their own, without weight decay."""
+    return [parameter for adapter in adapters(model) for parameter in adapter.parameters()]
+
+
+def activate_adapters(model: nn.Module) -> None:
+    """Wake every adapter; the output does not change at this step, since ``up`` is zero."""
+    for adapter in adapters(model):
+        adapter.active = True
+
+
+def deactivate_adapters(model: nn.Module) -> None:
+    """Put every adapter to sleep."""
+    for adapter in adapters(model):
+        adapter.active = False
+
+
+def adapters_active(model: nn.Module) -> bool:
+    """True if the model has adapters and they are active."""
+    states = [adapter.active for adapter in adapters(model)]
+    return bool(states) and all(states)
+
+
+def refresh_column_masks(model: nn.Module) -> None:
+    """Choose W^{R,C} anew in every layer; at a step boundary only."""
+    for _, layer in sparse_layers(model):
+        layer.refresh_column_mask()
+
+
+def layer_generator(seed: int, name: str, purpose: str) -> torch.Generator:
+    """Random stream of one layer: equal for the same seed, whatever else the model draws."""
+    stream = zlib.crc32(f"{purpose}:{name}".encode())
+    return torch.Generator().manual_seed((seed << 32) + stream)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Exact types: a subclass may read its weight in ways of its own.
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _check_patterns_match(model: nn.Module, config: SparsityConfig) -> None:
+    names = [name for name, module in model.named_modules() if name and _is_linear(module)]
+    for kind, pattern in [("skip", p) for p in config.skip] + [
+        ("rule", r[0]) for r in config.rules
+    ]:
+        if not any(_matches(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+            raise ValueError(
+                f"{kind} {pattern!r} matches no linear layer. Layers of this model are named like "
+                f"{', '.join(near)}."
+            )
+
+
+def _decide(
+    model: nn.Module, name: str, module: nn.Module, config: SparsityConfig
+) -> tuple[NMPattern | None, str | None]:
+    """Pattern of one layer, or None and the reason why it stays dense."""
+    for pattern in config.skip:
+        if _matches(name, pattern):
+            return None, f"skip={pattern!r}"
+    tied = _tied_to(model, name, module)
+    if tied:
+        return None, f"weight is tied to {tied}"
+    for pattern, target in config.rules:
+        if _matches(name, pattern):
+            if target == "dense":
+                return None, f"rule {pattern!r}"
+            return NMPattern.parse(target), None
+    if _is_head(model, name, module):
+        return None, "output head"
+    if _is_first_projection(model, name):
+        return None, "first linear layer after the embedding"
+    return NMPattern.parse(config.pattern), None
+
+
+def _tied_to(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    weight_name = f"{name}.weight" if name else "weight"
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is module.weight and other != weight_name:
+            return other
+    return None
+
+
+def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
+    get_head = getattr(model, "get_output_embeddings", None)
+    if callable(get_head) and get_head() is module:
+        return True
+    return name.rpartition(".")[2] in _HEAD_NAMES
+
+
+def _is_first_projection(model: nn.Module, name: str) -> bool:
+    """True for Q, K, V of block 0: the first linear layers that read the embedding."""
+    if name.rpartition(".")[2].lower() not in _QKV_NAMES:
+        return False
+    if not any(isinstance(module, nn.Embedding) for module in model.modules()):
+        return False
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            return name.startswith(f"{path}.0." if path else "0.")
+    return False
+
+
+def _check_rank(rank: int | float, in_features: int, out_features: int, name: str) -> None:
+    resolved = resolve_rank(rank, in_features)
+    largest = min(in_features, out_features)
+    if resolved > largest:
+        raise ValueError(
+            f"adapter rank {resolved} does not fit layer {name!r} of {out_features} x "
+            f"{in_features}; choose lora_rank from 1 to {largest}."
+        )
+
+
+def _sparse_from(
+    name: str, linear: nn.Module, pattern: NMPattern, config: SparsityConfig
+) -> SlopeLinear:
+    weight = dense_weight(linear)
+    keep_mask: Tensor | None = None
+    if weight.device.type != "meta":
+        if config.mask == "random":
+            generator = layer_generator(config.seed, name, "mask")
+            shape = (weight.shape[0], weight.shape[1])
+            keep_mask = random_row_keep_mask(shape, pattern, generator).to(weight.device)
+        else:
+            keep_mask = row_keep_mask(weight, pattern)
+    layer = SlopeLinear.from_linear(
+        linear, keep_mask, pattern, config.column_mask_interval, config.backend
+    )
+    if config.adapter_rank:
+        layer.add_adapter(
+            resolve_rank(config.adapter_rank, layer.in_features),
+            config.adapter_scale,
+            layer_generator(config.seed, name, "adapter"),
+        )
+    return layer
+
+
+def _dense_from(layer: SlopeLinear) -> nn.Module:
+    weight = layer.to_dense()
+    if layer.adapter is not None and layer.adapter.active:
+        weight = weight + layer.adapter.delta().detach()
+    linear: nn.Module
+    if layer.origin == "Conv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            linear = Conv1D(layer.out_features, layer.in_features)
+        weight = weight.t().contiguous()
+    else:
+        linear = nn.Linear(
+            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+        )
+    linear.weight = nn.Parameter(weight, requires_grad=layer.values.requires_grad)
+    linear.bias = layer.bias
+    return linear.train(layer.training)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def _report(model: nn.Module, reasons: dict[str, str | None]) -> SparsityReport:
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, SlopeLinear):
+            values = module.values
+            numel = module.in_features * module.out_features
+            stored = values.numel() * values.element_size()
+            layers.append(
+                LayerReport(
+                    name=name,
+                    in_features=module.in_features,
+                    out_features=module.out_features,
+                    pattern=module.pattern,
+                    reason=None,
+                    numel_dense=numel,
+                    numel_stored=values.numel(),
+                    bytes_dense=numel * values.element_size(),
+                    bytes_stored=stored + module.metadata.numel() + module.column_mask.numel(),
+                    rank=module.adapter.rank if module.adapter is not None else 0,
+                )
+            )
+        elif _is_linear(module):
+            weight = dense_weight(module)
+            size = weight.numel() * weight.element_size()
+            layers.append(
+                LayerReport(
+                    name=name,
+                    in_features=weight.shape[1],
+                    out_features=weight.shape[0],
+                    pattern=None,
+                    reason=reasons.get(name),
+                    numel_dense=weight.numel(),
+                    numel_stored=weight.numel(),
+                    bytes_dense=size,
+                    bytes_stored=size,
+                )
+            )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    adapter_total = sum(parameter.numel() for parameter in adapter_parameters(model))
+    saved = sum(layer.numel_dense - layer.numel_stored for layer in layers)
+    return SparsityReport(tuple(layers), total - adapter_total + saved, total)
+
+
+def _count(number: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)

@@ -1,0 +1,99 @@
+"""The three products of SLoPe in one autograd function (arXiv:2405.16325, equations 4-6).
+
+    Y       = X (W^R)ᵀ + b          forward: n of every m along d_in
+    ∇X      = ∇Y W^{R,C}            input gradient: pruned again, n of every m along d_out
+    ∇values = (∇Yᵀ X)[kept]         weight gradient: a dense product, only kept entries are stored
+
+∇X is by design not the exact gradient of Y: 2:4 leaves out 18.75 % of the kept weights there, and
+there only. Shape letters: T tokens, I = d_in, O = d_out, K = kept per row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slope.backends import Backend, Operands
+from slope.pattern import NMPattern
+
+
+class _SlopeLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        values_OK: Tensor,
+        bias_O: Tensor | None,
+        metadata: Tensor,
+        column_mask: Tensor,
+        pattern: NMPattern,
+        backend: Backend,
+        operands: Operands | None,
+    ) -> Tensor:
+        ctx.pattern, ctx.backend, ctx.operands = pattern, backend, operands
+        # Buffers go round save_for_backward's version check: DDP writes equal bytes into them
+        # before each forward.
+        ctx.buffers = metadata, column_mask
+        ctx.save_for_backward(x_TI, values_OK)
+        if operands is None:
+            values = values_OK.to(x_TI.dtype)
+            w_r = backend.forward_operand(values, metadata, pattern, x_TI.shape[1])
+        else:
+            w_r = operands.w_r
+        return backend.forward(x_TI, w_r, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        dy_TO = grad_outputs[0]
+        x_TI, values_OK = ctx.saved_tensors
+        dx_TI = dvalues_OK = dbias_O = None
+        if ctx.operands is not None:
+            ctx.operands.consumed = True
+        if ctx.needs_input_grad[0]:
+            if ctx.operands is None:
+                values = values_OK.to(dy_TO.dtype)
+                w_rc = ctx.backend.backward_operand(
+                    values, *ctx.buffers, ctx.pattern, x_TI.shape[1]
+                )
+            else:
+                w_rc = ctx.operands.w_rc
+            dx_TI = ctx.backend.input_gradient(dy_TO, w_rc)
+        if ctx.needs_input_grad[1]:
+            dvalues_OK = ctx.backend.values_gradient(dy_TO, x_TI, ctx.buffers[0], ctx.pattern)
+            dvalues_OK = dvalues_OK.to(values_OK.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias_O = dy_TO.sum(0)
+        return dx_TI, dvalues_OK, dbias_O, None, None, None, None, None
+
+
+def slope_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    metadata: Tensor,
+    column_mask: Tensor,
+    pattern: NMPattern,
+    backend: Backend,
+    operands: Operands | None = None,
+) -> Tensor:
+    """Sparse linear layer: ``Y = X (W^R)ᵀ + b`` with the double-pruned input gradient.
+
+    Args:
+        x: (..., I), a float dtype.
+        values: (O, K), kept weights; cast to the dtype of ``x`` for the products.
+        bias: (O,) or None, dtype of ``x``.
+        metadata: (O, bytes) uint8, positions of ``values``.
+        column_mask: (O, ceil(K/8)) uint8, one bit per kept value: does it survive in W^{R,C}.
+        pattern: N:M pattern.
+        backend: who multiplies.
+        operands: prepared W^R and W^{R,C} of these very values in the dtype of ``x``; None expands
+            them for this call.
+
+    Returns:
+        (..., O), dtype of ``x``.
+    """
+    x_TI = x.reshape(-1, x.shape[-1])
+    y = _SlopeLinear.apply(x_TI, values, bias, metadata, column_mask, pattern, backend, operands)
+    return y.view(*x.shape[:-1], y.shape[-1])

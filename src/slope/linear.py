@@ -1,0 +1,368 @@
+"""The sparse linear layer: half the weight as parameter, its mask as uint8 buffers.
+
+The parameter is ``values``, plain and 2-D, so optimizers, clipping, DDP, FSDP2, GradScaler and
+state_dict are stock and work on n/m of the bytes. It is not called ``weight`` and the class is no
+``nn.Linear``: code that multiplies by ``module.weight`` must fail, not compute nonsense.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slope.adapters import Adapter
+from slope.backends import Backend, Operands, get_backend
+from slope.compressed import (
+    column_indices,
+    compress,
+    decompress,
+    keep_mask_from_metadata,
+    pack_bits,
+    unpack_bits,
+)
+from slope.functional import slope_linear
+from slope.masks import column_keep_mask, row_keep_mask
+from slope.pattern import NMPattern
+
+# From this many tokens on, comparing the values with those that were expanded costs next to
+# nothing beside the product, so it is always done.
+_ALWAYS_CHECK_TOKENS = 32
+
+
+class _OperandCache:
+    """Expanded operands of one layer on the CPU, kept until the values or masks differ.
+
+    Neither fused optimizers nor ``.data`` writes bump a tensor's version, so freshness is decided
+    by comparing contents, which reads far less than expanding writes. Small forwards without
+    gradients (decoding) skip the comparison while nothing can have changed: no backward since the
+    last one, no pending gradient, the same version and storage. New operands are new tensors, so a
+    backward still reads those of its own forward.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.operands: Operands | None = None
+        self.source: tuple[Tensor, ...] = ()
+        self.identity: tuple[Any, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OperandCache:
+        return _OperandCache()
+
+    def __reduce__(self) -> Any:
+        return _OperandCache, ()
+
+    @staticmethod
+    def identify(layer: SlopeLinear) -> tuple[Any, ...]:
+        tensors = (layer.values, layer.metadata, layer.column_mask)
+        # Tensors made under inference_mode track no version.
+        return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
+
+    def holds(self, layer: SlopeLinear, dtype: torch.dtype, check: bool) -> bool:
+        if self.operands is None or self.operands.w_r.dtype != dtype:
+            return False
+        quiet = not self.operands.consumed and self.identity == self.identify(layer)
+        if quiet and not check:
+            return True
+        fresh = all(
+            a.shape == b.shape and torch.equal(a, b)
+            for a, b in zip(
+                self.source, (layer.values, layer.metadata, layer.column_mask), strict=True
+            )
+        )
+        if fresh:
+            self.settle(layer, self.operands)
+        return fresh
+
+    def settle(self, layer: SlopeLinear, operands: Operands) -> None:
+        self.identity = self.identify(layer)
+        # A pending gradient means that an optimizer may still write.
+        operands.consumed = layer.values.grad is not None
+
+    def store(self, layer: SlopeLinear, operands: Operands) -> None:
+        self.operands = operands
+        self.source = (
+            layer.values.detach().clone(),
+            layer.metadata.clone(),
+            layer.column_mask.clone(),
+        )
+        self.settle(layer, operands)
+
+
+class SlopeLinear(nn.Module):
+    """Linear layer with an N:M sparse weight, forward and backward.
+
+    Args:
+        in_features: I, divisible by m.
+        out_features: O, divisible by m.
+        bias: whether there is a bias.
+        pattern: N:M pattern or its text.
+        column_mask_interval: optimizer steps between column-mask refreshes. 1 refreshes by itself
+            when the values have changed; k > 1 is driven by :class:`slope.SlopeSchedule`; 0 never.
+        backend: ``"auto"`` or a backend's name.
+        device: of parameters and buffers.
+        dtype: of ``values`` and ``bias``.
+
+    Attributes:
+        values: parameter (O, K), K = I*n/m: the kept weights, row-major.
+        metadata: uint8 buffer (O, ceil(K*log2(m)/8)): their positions.
+        column_mask: uint8 buffer (O, ceil(K/8)): one bit per kept value, set if it survives in
+            W^{R,C}.
+        bias: parameter (O,) or None.
+        adapter: :class:`slope.Adapter` or None.
+
+    Raises:
+        ValueError: if the pattern does not divide the layer.
+    """
+
+    values: nn.Parameter
+    metadata: Tensor
+    column_mask: Tensor
+    bias: nn.Parameter | None
+    adapter: Adapter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        pattern: NMPattern | str = "2:4",
+        column_mask_interval: int = 1,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.pattern = NMPattern.parse(pattern)
+        self.column_mask_interval = column_mask_interval
+        self._backend: Backend = get_backend(backend)
+        # What densify() gives back: "Linear", or "Conv1D" of transformers (transposed weight).
+        self.origin = "Linear"
+        check_divides(in_features, out_features, self.pattern)
+        kept = self.pattern.kept(in_features)
+        self.values = nn.Parameter(torch.empty(out_features, kept, device=device, dtype=dtype))
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        metadata_bytes = self.pattern.metadata_bytes(in_features)
+        self.register_buffer(
+            "metadata",
+            torch.empty(out_features, metadata_bytes, dtype=torch.uint8, device=device),
+        )
+        self.register_buffer(
+            "column_mask",
+            torch.empty(out_features, -(-kept // 8), dtype=torch.uint8, device=device),
+        )
+        self.adapter = None
+        self._cache = _OperandCache()
+        if self.values.device.type != "meta":
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Linear`` does, keeping the larger part of each group of weights."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        keep_mask = row_keep_mask(dense.weight.detach(), self.pattern)
+        self.set_dense(dense.weight.detach(), keep_mask)
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(dense.bias)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        keep_mask: Tensor | None = None,
+        pattern: NMPattern | str = "2:4",
+        column_mask_interval: int = 1,
+        backend: str = "auto",
+    ) -> SlopeLinear:
+        """Convert ``nn.Linear``, or ``Conv1D`` of transformers, whose weight is transposed.
+
+        Args:
+            linear: the dense layer; on the meta device only shapes are converted.
+            keep_mask: row mask (O, I) bool; None takes the largest magnitudes.
+            pattern: N:M pattern.
+            column_mask_interval: as for the class.
+            backend: as for the class.
+
+        Raises:
+            ValueError: if the pattern does not divide the layer, or the mask breaks it.
+        """
+        weight = dense_weight(linear)
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            bias=linear.bias is not None,
+            pattern=pattern,
+            column_mask_interval=column_mask_interval,
+            backend=backend,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        layer.origin = type(linear).__name__
+        layer.train(linear.training)
+        if isinstance(linear.bias, nn.Parameter):
+            layer.bias = linear.bias
+        if weight.device.type != "meta":
+            layer.to_empty_sparse(weight.device)
+            layer.set_dense(
+                weight, row_keep_mask(weight, layer.pattern) if keep_mask is None else keep_mask
+            )
+        layer.values.requires_grad_(next(linear.parameters()).requires_grad)
+        return layer
+
+    def to_empty_sparse(self, device: torch.device) -> None:
+        """Give the sparse tensors storage on ``device``, leaving the bias as it is."""
+        self.values = nn.Parameter(torch.empty_like(self.values, device=device))
+        self.metadata = torch.empty_like(self.metadata, device=device)
+        self.column_mask = torch.empty_like(self.column_mask, device=device)
+
+    @torch.no_grad()
+    def set_dense(self, weight: Tensor, keep_mask: Tensor) -> None:
+        """Take values and mask from a dense (O, I) weight; the column mask is made anew."""
+        values, metadata = compress(weight.to(self.values.device), keep_mask, self.pattern)
+        self.values.copy_(values)
+        self.metadata.copy_(metadata)
+        self.refresh_column_mask()
+
+    @torch.no_grad()
+    def refresh_column_mask(self) -> None:
+        """Choose W^{R,C} anew from the magnitudes of the present values.
+
+        Call at a step boundary, never between a forward and its backward.
+        """
+        columns = column_indices(self.metadata, self.pattern, self.in_features)
+        values = self.values.detach()
+        w_r = values.new_zeros(self.out_features, self.in_features).scatter(1, columns, values)
+        keep_mask = keep_mask_from_metadata(self.metadata, self.pattern, self.in_features)
+        survives = column_keep_mask(w_r, keep_mask, self.pattern).gather(1, columns)
+        self.column_mask.copy_(pack_bits(survives))
+
+    def keep_mask(self) -> Tensor:
+        """Row mask of W^R, (O, I) bool."""
+        return keep_mask_from_metadata(self.metadata, self.pattern, self.in_features)
+
+    def column_keep_mask(self) -> Tensor:
+        """Mask of W^{R,C}, (O, I) bool: the part of the row mask that the input gradient reads."""
+        survives = unpack_bits(self.column_mask, self.values.shape[1])
+        return decompress(survives, self.metadata, self.pattern, self.in_features)
+
+    def to_dense(self) -> Tensor:
+        """W^R as a detached (O, I) tensor with zeros; the adapter is not in it."""
+        return decompress(self.values.detach(), self.metadata, self.pattern, self.in_features)
+
+    def add_adapter(
+        self,
+        rank: int,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Attach a dormant adapter.
+
+        Raises:
+            ValueError: if the rank does not fit the layer.
+        """
+        self.adapter = Adapter(
+            self.in_features,
+            self.out_features,
+            rank,
+            scale,
+            generator,
+            device=self.values.device,
+            dtype=self.values.dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O); under autocast in its dtype, else x and values share theirs."""
+        dtype = self.values.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+        elif x.dtype != dtype:
+            raise RuntimeError(
+                f"input is {x.dtype} but values are {dtype}; cast one of them or use "
+                "torch.autocast."
+            )
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = slope_linear(
+            x,
+            self.values,
+            bias,
+            self.metadata,
+            self.column_mask,
+            self.pattern,
+            self._backend,
+            self._prepare(dtype, x.numel() // self.in_features),
+        )
+        if self.adapter is not None and self.adapter.active:
+            y = y + self.adapter(x)
+        return y
+
+    def _prepare(self, dtype: torch.dtype, tokens: int) -> Operands | None:
+        """Refresh what has gone stale; the expanded operands on the CPU, None elsewhere.
+
+        On the CPU expanding once per step instead of once per call is what keeps a sparse step near
+        a dense one. Elsewhere memory counts more, and a compiled graph expands inside its kernels.
+        """
+        training = torch.is_grad_enabled() and self.values.requires_grad
+        refresh = training and self.column_mask_interval == 1
+        if torch.compiler.is_compiling() or self.values.device.type != "cpu":
+            if refresh:
+                self.refresh_column_mask()
+            return None
+        check = training or tokens >= _ALWAYS_CHECK_TOKENS
+        if not self._cache.holds(self, dtype, check):
+            if refresh:
+                self.refresh_column_mask()
+            values = self.values.detach().to(dtype)
+            where = (self.pattern, self.in_features)
+            w_r = self._backend.forward_operand(values, self.metadata, *where)
+            w_rc = self._backend.backward_operand(values, self.metadata, self.column_mask, *where)
+            self._cache.store(self, Operands(w_r, w_rc))
+        assert self._cache.operands is not None
+        return self._cache.operands
+
+    def invalidate(self) -> None:
+        """Drop the expanded operands; the next forward makes them again."""
+        self._cache.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SlopeLinear:
+        self.invalidate()
+        super()._apply(fn, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and pattern, for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, pattern={self.pattern}"
+        )
+
+
+def check_divides(in_features: int, out_features: int, pattern: NMPattern, name: str = "") -> None:
+    """Check that the pattern divides both dimensions: rows in the forward, columns in the backward.
+
+    Raises:
+        ValueError: naming the dimension, the layer if given, and what to do.
+    """
+    for what, size in (("in_features", in_features), ("out_features", out_features)):
+        if size % pattern.m:
+            padded = size + -size % pattern.m
+            where = f" (layer {name!r})" if name else ""
+            exclude = f"exclude it with skip=[{name!r}]" if name else "keep the layer dense"
+            raise ValueError(
+                f"{what}={size} is not divisible by m={pattern.m} of pattern {pattern}{where}; "
+                f"{exclude} or pad to {padded}."
+            )
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """Weight of ``nn.Linear`` or transformers' ``Conv1D`` as (O, I), detached."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().t() if type(linear).__name__ == "Conv1D" else weight.detach()

@@ -1,0 +1,102 @@
+"""Who is kept: the row mask of W^R and the column mask of W^{R,C} (arXiv:2405.16325, section 2.1).
+
+A mask is a ``keep_mask``: boolean, True where kept. Shape letters: O = d_out, I = d_in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slope.pattern import NMPattern, imposed_sparsity
+
+__all__ = ["column_keep_mask", "imposed_sparsity", "random_row_keep_mask", "row_keep_mask"]
+
+
+def _top_n(scores: Tensor, pattern: NMPattern, dim: int) -> Tensor:
+    """True for the n highest of each group of m along ``dim``; of equals the first wins.
+
+    Each entry's rank is the number of entries of its group that beat it. Counting comparisons is
+    exact, deterministic on every device, and for small groups far quicker than sorting them.
+    """
+    groups = scores.unflatten(dim, (-1, pattern.m))
+    group_dim = dim + 1 if dim >= 0 else dim
+    entries = groups.unbind(group_dim)
+    ranks = [torch.zeros_like(entry, dtype=torch.uint8) for entry in entries]
+    for i in range(pattern.m):
+        for j in range(i + 1, pattern.m):
+            beaten = entries[j] > entries[i]
+            ranks[i] += beaten
+            ranks[j] += ~beaten
+    return torch.stack([rank < pattern.n for rank in ranks], group_dim).view(scores.shape)
+
+
+def _check_divides(size: int, pattern: NMPattern, what: str) -> None:
+    if size % pattern.m:
+        raise ValueError(f"{what}={size} is not divisible by m={pattern.m} of pattern {pattern}.")
+
+
+def row_keep_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
+    """Row mask of W^R: the n largest magnitudes in each group of m along d_in.
+
+    Args:
+        weight: shape (O, I), any float dtype, without NaN.
+        pattern: N:M pattern; I must be divisible by m.
+
+    Returns:
+        keep_mask (O, I) bool, exactly n True per group; of equal magnitudes the lower index wins.
+
+    Raises:
+        ValueError: if I is not divisible by m, or the weight holds NaN.
+
+    Reference: section 2.1; on a random initialisation this support is uniformly random.
+    """
+    _check_divides(weight.shape[1], pattern, "in_features")
+    if torch.isnan(weight).any():
+        raise ValueError("the weight holds NaN, so magnitudes cannot be ranked; initialise it.")
+    return _top_n(weight.detach().abs(), pattern, dim=1)
+
+
+def random_row_keep_mask(
+    shape: tuple[int, int], pattern: NMPattern, generator: torch.Generator
+) -> Tensor:
+    """Row mask drawn uniformly over all N:M masks, on the CPU, from ``generator``.
+
+    Args:
+        shape: (O, I); I must be divisible by m.
+        pattern: N:M pattern.
+        generator: CPU generator; the same state gives the same mask.
+
+    Returns:
+        keep_mask (O, I) bool, exactly n True per group of m along I.
+
+    Raises:
+        ValueError: if I is not divisible by m.
+    """
+    _check_divides(shape[1], pattern, "in_features")
+    scores = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return _top_n(scores, pattern, dim=1)
+
+
+def column_keep_mask(w_r: Tensor, keep_mask: Tensor, pattern: NMPattern) -> Tensor:
+    """Column mask: the entries of W^R that survive in W^{R,C}, used only for the input gradient.
+
+    In each group of m along d_out at most n kept entries survive, the largest magnitudes first. An
+    entry that is kept but happens to be 0.0 outranks every pruned one.
+
+    Args:
+        w_r: row-pruned weight W^R, shape (O, I), any float dtype.
+        keep_mask: row mask (O, I) bool.
+        pattern: N:M pattern; O must be divisible by m.
+
+    Returns:
+        keep_mask (O, I) bool, a subset of the row mask.
+
+    Raises:
+        ValueError: if O is not divisible by m.
+
+    Reference: section 2.1, double pruning; Lemma 2.1 gives the mean number dropped.
+    """
+    _check_divides(w_r.shape[0], pattern, "out_features")
+    scores = torch.where(keep_mask, w_r.detach().abs(), -1.0)
+    return _top_n(scores, pattern, dim=0) & keep_mask
