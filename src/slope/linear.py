@@ -23,7 +23,7 @@ from slope.compressed import (
     unpack_bits,
 )
 from slope.functional import slope_linear
-from slope.masks import column_keep_mask, row_keep_mask
+from slope.masks import row_keep_mask, survivors
 from slope.pattern import NMPattern
 
 # From this many tokens on, comparing the values with those that were expanded costs next to
@@ -237,10 +237,7 @@ class SlopeLinear(nn.Module):
         Call at a step boundary, never between a forward and its backward.
         """
         columns = column_indices(self.metadata, self.pattern, self.in_features)
-        values = self.values.detach()
-        w_r = values.new_zeros(self.out_features, self.in_features).scatter(1, columns, values)
-        keep_mask = keep_mask_from_metadata(self.metadata, self.pattern, self.in_features)
-        survives = column_keep_mask(w_r, keep_mask, self.pattern).gather(1, columns)
+        survives = survivors(self.values.detach(), columns, self.in_features, self.pattern)
         self.column_mask.copy_(pack_bits(survives))
 
     def keep_mask(self) -> Tensor:

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from slope.pattern import NMPattern, imposed_sparsity
 
-__all__ = ["column_keep_mask", "imposed_sparsity", "random_row_keep_mask", "row_keep_mask"]
+__all__ = [
+    "column_keep_mask",
+    "imposed_sparsity",
+    "random_row_keep_mask",
+    "row_keep_mask",
+    "survivors",
+]
 
 
 def _top_n(scores: Tensor, pattern: NMPattern, dim: int) -> Tensor:
@@ -20,15 +26,15 @@ def _top_n(scores: Tensor, pattern: NMPattern, dim: int) -> Tensor:
     exact, deterministic on every device, and for small groups far quicker than sorting them.
     """
     groups = scores.unflatten(dim, (-1, pattern.m))
-    group_dim = dim + 1 if dim >= 0 else dim
-    entries = groups.unbind(group_dim)
-    ranks = [torch.zeros_like(entry, dtype=torch.uint8) for entry in entries]
+    entries = groups.unbind(dim + 1)
+    # Entry j starts behind the j entries before it, as if they all beat it.
+    ranks = [torch.full_like(entry, j, dtype=torch.uint8) for j, entry in enumerate(entries)]
     for i in range(pattern.m):
         for j in range(i + 1, pattern.m):
-            beaten = entries[j] > entries[i]
+            beaten = (entries[j] > entries[i]).view(torch.uint8)
             ranks[i] += beaten
-            ranks[j] += ~beaten
-    return torch.stack([rank < pattern.n for rank in ranks], group_dim).view(scores.shape)
+            ranks[j] -= beaten
+    return torch.stack([rank < pattern.n for rank in ranks], dim + 1).view(scores.shape)
 
 
 def _check_divides(size: int, pattern: NMPattern, what: str) -> None:
@@ -100,3 +106,20 @@ def column_keep_mask(w_r: Tensor, keep_mask: Tensor, pattern: NMPattern) -> Tens
     _check_divides(w_r.shape[0], pattern, "out_features")
     scores = torch.where(keep_mask, w_r.detach().abs(), -1.0)
     return _top_n(scores, pattern, dim=0) & keep_mask
+
+
+def survivors(values: Tensor, columns: Tensor, in_features: int, pattern: NMPattern) -> Tensor:
+    """:func:`column_keep_mask` of a compressed weight, one flag per kept value.
+
+    Args:
+        values: kept weights (O, K).
+        columns: their columns (O, K) int64.
+        in_features: I.
+        pattern: N:M pattern; O must be divisible by m.
+
+    Returns:
+        (O, K) bool, True where the value survives in W^{R,C}.
+    """
+    scores = values.new_full((values.shape[0], in_features), -1.0)
+    scores.scatter_(1, columns, values.detach().abs())
+    return _top_n(scores, pattern, dim=0).gather(1, columns)
