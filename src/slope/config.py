@@ -61,7 +61,7 @@ class SparsityConfig:
                 "optimizer steps: 1 for each step, 100 for every hundredth, 0 for never."
             )
         rank = self.adapter_rank
-        if rank < 0 or (rank > 1 and int(rank) != rank):
+        if not 0 <= rank < float("inf") or (rank > 1 and int(rank) != rank):
             raise ValueError(
                 f"adapter_rank={rank} must be 0 (no adapters), a whole number, or a ratio of d_in "
                 "between 0 and 1, for example 16 or 0.0156."

@@ -128,6 +128,11 @@ def sparsify(model: nn.Module, config: SparsityConfig | None = None) -> Sparsity
         raise ValueError(
             "the model is sparse already; call slope.densify(model) first to sparsify it anew."
         )
+    if _is_linear(model):
+        raise ValueError(
+            "a bare linear layer cannot be replaced in place; write "
+            "layer = slope.SlopeLinear.from_linear(layer)."
+        )
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     _check_patterns_match(model, config)
     plan = {name: _decide(model, name, module, config) for name, module in linears.items()}
@@ -141,8 +146,11 @@ def sparsify(model: nn.Module, config: SparsityConfig | None = None) -> Sparsity
             + (f"They stay dense because: {reasons}. Change skip or rules." if reasons else "")
         )
     for name, pattern in chosen.items():
-        out_features, in_features = dense_weight(linears[name]).shape
+        weight = dense_weight(linears[name])
+        out_features, in_features = weight.shape
         check_divides(in_features, out_features, pattern, name)
+        if weight.device.type != "meta" and torch.isnan(weight).any():
+            raise ValueError(f"the weight of layer {name!r} holds NaN; initialise it first.")
         if config.adapter_rank:
             _check_rank(config.adapter_rank, in_features, out_features, name)
     for name, pattern in chosen.items():
@@ -228,8 +236,8 @@ def refresh_column_masks(model: nn.Module) -> None:
 
 def layer_generator(seed: int, name: str, purpose: str) -> torch.Generator:
     """Random stream of one layer: equal for the same seed, whatever else the model draws."""
-    stream = zlib.crc32(f"{purpose}:{name}".encode())
-    return torch.Generator().manual_seed((seed << 32) + stream)
+    # A CPU generator reads 32 bits of its seed.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{purpose}:{name}".encode()))
 
 
 def _is_linear(module: nn.Module) -> bool:

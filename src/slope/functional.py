@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from slope.backends import Backend, Operands
 from slope.pattern import NMPattern
@@ -45,12 +46,11 @@ class _SlopeLinear(torch.autograd.Function):
         return backend.forward(x_TI, w_r, bias_O)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         dy_TO = grad_outputs[0]
         x_TI, values_OK = ctx.saved_tensors
         dx_TI = dvalues_OK = dbias_O = None
-        if ctx.operands is not None:
-            ctx.operands.consumed = True
         if ctx.needs_input_grad[0]:
             if ctx.operands is None:
                 values = values_OK.to(dy_TO.dtype)

@@ -26,19 +26,14 @@ from slope.functional import slope_linear
 from slope.masks import row_keep_mask, survivors
 from slope.pattern import NMPattern
 
-# From this many tokens on, comparing the values with those that were expanded costs next to
-# nothing beside the product, so it is always done.
-_ALWAYS_CHECK_TOKENS = 32
-
 
 class _OperandCache:
     """Expanded operands of one layer on the CPU, kept until the values or masks differ.
 
     Neither fused optimizers nor ``.data`` writes bump a tensor's version, so freshness is decided
-    by comparing contents, which reads far less than expanding writes. Small forwards without
-    gradients (decoding) skip the comparison while nothing can have changed: no backward since the
-    last one, no pending gradient, the same version and storage. New operands are new tensors, so a
-    backward still reads those of its own forward.
+    by comparing contents, which reads far less than expanding writes. Only frozen values
+    (``requires_grad`` False: serving, decoding) are trusted by version and storage. New operands
+    are new tensors, so a backward still reads those of its own forward.
     """
 
     def __init__(self) -> None:
@@ -61,35 +56,25 @@ class _OperandCache:
         # Tensors made under inference_mode track no version.
         return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
 
-    def holds(self, layer: SlopeLinear, dtype: torch.dtype, check: bool) -> bool:
+    def holds(self, layer: SlopeLinear, dtype: torch.dtype) -> bool:
         if self.operands is None or self.operands.w_r.dtype != dtype:
             return False
-        quiet = not self.operands.consumed and self.identity == self.identify(layer)
-        if quiet and not check:
+        if not layer.values.requires_grad and self.identity == self.identify(layer):
             return True
-        fresh = all(
+        current = (layer.values, layer.metadata, layer.column_mask)
+        return all(
             a.shape == b.shape and torch.equal(a, b)
-            for a, b in zip(
-                self.source, (layer.values, layer.metadata, layer.column_mask), strict=True
-            )
+            for a, b in zip(self.source, current, strict=True)
         )
-        if fresh:
-            self.settle(layer, self.operands)
-        return fresh
-
-    def settle(self, layer: SlopeLinear, operands: Operands) -> None:
-        self.identity = self.identify(layer)
-        # A pending gradient means that an optimizer may still write.
-        operands.consumed = layer.values.grad is not None
 
     def store(self, layer: SlopeLinear, operands: Operands) -> None:
         self.operands = operands
+        self.identity = self.identify(layer)
         self.source = (
             layer.values.detach().clone(),
             layer.metadata.clone(),
             layer.column_mask.clone(),
         )
-        self.settle(layer, operands)
 
 
 class SlopeLinear(nn.Module):
@@ -294,13 +279,13 @@ class SlopeLinear(nn.Module):
             self.column_mask,
             self.pattern,
             self._backend,
-            self._prepare(dtype, x.numel() // self.in_features),
+            self._prepare(dtype),
         )
         if self.adapter is not None and self.adapter.active:
             y = y + self.adapter(x)
         return y
 
-    def _prepare(self, dtype: torch.dtype, tokens: int) -> Operands | None:
+    def _prepare(self, dtype: torch.dtype) -> Operands | None:
         """Refresh what has gone stale; the expanded operands on the CPU, None elsewhere.
 
         On the CPU expanding once per step instead of once per call is what keeps a sparse step near
@@ -312,8 +297,7 @@ class SlopeLinear(nn.Module):
             if refresh:
                 self.refresh_column_mask()
             return None
-        check = training or tokens >= _ALWAYS_CHECK_TOKENS
-        if not self._cache.holds(self, dtype, check):
+        if not self._cache.holds(self, dtype):
             if refresh:
                 self.refresh_column_mask()
             values = self.values.detach().to(dtype)

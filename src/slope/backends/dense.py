@@ -6,8 +6,7 @@ T tokens, I = d_in, O = d_out, K kept per row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,16 +15,11 @@ from slope.compressed import column_indices, decompress, unpack_bits
 from slope.pattern import NMPattern
 
 
-@dataclass
-class Operands:
-    """Prepared operands: W^R for the forward, W^{R,C} for the input gradient.
-
-    ``consumed`` is set by a backward that read them: an optimizer may have written since.
-    """
+class Operands(NamedTuple):
+    """Prepared operands: W^R for the forward, W^{R,C} for the input gradient."""
 
     w_r: Tensor
     w_rc: Tensor
-    consumed: bool = False
 
 
 class Backend(Protocol):

@@ -1,0 +1,418 @@
+"""sparsify and densify: which layers, why not the others, and clear errors before any change."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import oracle
+import slope
+
+
+class Block(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.q_proj(self.k_proj(x)))
+        return x + self.mlp(self.o_proj(self.v_proj(x) * gate))
+
+
+class TinyModel(nn.Module):
+    """Embedding, two blocks, a head that may be tied to the embedding."""
+
+    def __init__(self, tied=True, width=16, vocabulary=24):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def gpt2(**options):
+    transformers = pytest.importorskip("transformers")
+    config = dict(vocab_size=48, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**config, **options})).eval()
+
+
+def reasons(report):
+    return {layer.name: layer.reason for layer in report.layers if layer.pattern is None}
+
+
+def sparse_names(model):
+    return [name for name, _ in slope.sparse_layers(model)]
+
+
+def untouched(model):
+    return not any(isinstance(module, slope.SlopeLinear) for module in model.modules())
+
+
+# ---------------------------------------------------------------- what is converted
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_and_first_projections_stay_dense_and_the_report_says_why(tied):
+    model = TinyModel(tied)
+    report = slope.sparsify(model)
+    why = reasons(report)
+    assert set(why) == {"lm_head", *(f"layers.0.{p}_proj" for p in "qkv")}
+    assert ("tied to embedding.weight" if tied else "head") in why["lm_head"]
+    assert "first" in why["layers.0.q_proj"]
+    assert len(sparse_names(model)) == 3 + 6
+    if tied:
+        assert model.lm_head.weight is model.embedding.weight
+    text = str(report)
+    assert "sparsified 9 of 13 linear layers (2:4)" in text
+    for layer in report.layers:
+        assert layer.name in text
+        assert (layer.reason or "") in text
+
+
+def test_values_are_the_largest_weights_and_the_rest_of_the_model_is_the_same():
+    model = TinyModel()
+    dense = copy.deepcopy(model)
+    slope.sparsify(model, slope.SparsityConfig(pattern="1:4"))
+    for name, layer in slope.sparse_layers(model):
+        weight = dense.get_submodule(name).weight.detach()
+        assert torch.equal(layer.to_dense(), weight * oracle.row_keep(weight, 1, 4))
+        assert torch.equal(layer.bias, dense.get_submodule(name).bias)
+    assert torch.equal(model.layers[0].q_proj.weight, dense.layers[0].q_proj.weight)
+    assert torch.equal(model.embedding.weight, dense.embedding.weight)
+
+
+def test_gpt2_conv1d_layers_are_converted_transposed():
+    model = gpt2()
+    dense = copy.deepcopy(model)
+    report = slope.sparsify(model)
+    assert len(sparse_names(model)) == 7
+    why = reasons(report)
+    assert set(why) == {"transformer.h.0.attn.c_attn", "lm_head"}
+    assert "tied" in why["lm_head"]
+    layer = model.transformer.h[1].mlp.c_fc
+    weight = dense.transformer.h[1].mlp.c_fc.weight.detach().T
+    assert (layer.in_features, layer.out_features) == (32, 128)
+    assert torch.equal(layer.to_dense(), weight * oracle.row_keep(weight, 2, 4))
+    for name, layer in slope.sparse_layers(model):  # the dense model, masked by hand
+        dense.get_submodule(name).weight.data.copy_(layer.to_dense().T)
+    torch.testing.assert_close(model(TOKENS).logits, dense(TOKENS).logits)
+
+
+def test_gpt2_trains_like_its_masked_twin():
+    model = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).double().train()
+    masked = copy.deepcopy(model)
+    slope.sparsify(model, slope.SparsityConfig(column_mask_interval=1))
+    for name, layer in slope.sparse_layers(model):
+        naive = oracle.DenseMaskedLinear(layer.to_dense(), layer.bias, 2, 4, layer.keep_mask())
+        masked.set_submodule(name, naive)
+    losses = []
+    for twin in (model, masked):
+        optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, fused=True)
+        for _ in range(3):
+            for module in twin.modules():
+                if isinstance(module, oracle.DenseMaskedLinear):
+                    module.refresh()
+            loss = twin(input_ids=TOKENS, labels=TOKENS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_llama_block_0_qkv_and_head_stay_dense():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    report = slope.sparsify(model)
+    dense = {f"model.layers.0.self_attn.{p}_proj" for p in "qkv"} | {"lm_head"}
+    assert set(reasons(report)) == dense
+    assert len(sparse_names(model)) == 14 - 3
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+
+
+def test_random_mask_depends_on_seed_and_layer_only():
+    def masks(seed, noise):
+        torch.manual_seed(noise)
+        model = TinyModel()
+        state = torch.get_rng_state()
+        slope.sparsify(model, slope.SparsityConfig(mask="random", seed=seed))
+        assert torch.equal(torch.get_rng_state(), state), "the global generator must not move"
+        return [layer.keep_mask() for _, layer in slope.sparse_layers(model)]
+
+    first, again, other = masks(0, 1), masks(0, 2), masks(1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0]), "the seed must matter"
+    assert not torch.equal(first[3], first[4]), "two layers of one shape must differ"
+
+
+def test_shared_modules_stay_shared_and_dense():
+    shared = nn.Linear(16, 16)
+    model = nn.Sequential(shared, nn.GELU(), shared, nn.Linear(16, 16))
+    report = slope.sparsify(model)
+    assert model[0] is model[2] is shared
+    assert "tied" in reasons(report)["0"]
+    assert sparse_names(model) == ["3"]
+
+
+def test_frozen_layers_stay_frozen_and_modes_are_kept():
+    model = TinyModel().eval()
+    model.layers[1].requires_grad_(False)
+    slope.sparsify(model)
+    assert not model.layers[1].o_proj.values.requires_grad
+    assert not model.layers[1].o_proj.bias.requires_grad
+    assert model.layers[0].o_proj.values.requires_grad
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_is_kept(dtype):
+    model = TinyModel().to(dtype)
+    slope.sparsify(model, slope.SparsityConfig(adapter_rank=2))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(TOKENS).dtype == dtype
+
+
+def test_meta_model_is_converted_by_shape_alone():
+    with torch.device("meta"):
+        model = TinyModel()
+    report = slope.sparsify(model, slope.SparsityConfig(adapter_rank=2))
+    assert len(sparse_names(model)) == 9
+    assert all(t.is_meta for t in model.state_dict().values())
+    other = TinyModel()
+    assert (
+        report.parameters_stored
+        == slope.sparsify(other, slope.SparsityConfig(adapter_rank=2)).parameters_stored
+    )
+
+
+# ---------------------------------------------------------------- skip, rules, report
+
+
+def test_skip_names_layers_or_their_parents():
+    model = TinyModel()
+    report = slope.sparsify(model, slope.SparsityConfig(skip=("layers.0", "*.mlp.2")))
+    assert sparse_names(model) == [
+        *(f"layers.1.{p}_proj" for p in "qkvo"), "layers.1.mlp.0",
+    ]  # fmt: skip
+    assert "layers.0" in reasons(report)["layers.0.o_proj"]
+    assert "*.mlp.2" in reasons(report)["layers.1.mlp.2"]
+
+
+def test_first_matching_rule_wins_and_may_sparsify_what_is_dense_by_default():
+    model = TinyModel(tied=False)
+    rules = (("*.mlp.0", "dense"), ("*.mlp", "2:8"), ("layers.0.q_proj", "1:2"))
+    slope.sparsify(model, slope.SparsityConfig(rules=rules))
+    patterns = {name: str(layer.pattern) for name, layer in slope.sparse_layers(model)}
+    assert "layers.0.mlp.0" not in patterns
+    assert patterns["layers.0.mlp.2"] == patterns["layers.1.mlp.2"] == "2:8"
+    assert patterns["layers.0.q_proj"] == "1:2"
+    assert "layers.0.k_proj" not in patterns
+    assert patterns["layers.1.o_proj"] == "2:4"
+
+
+def test_report_counts_parameters_and_bytes():
+    model = TinyModel()
+    before = sum(p.numel() for p in model.parameters())
+    report = slope.sparsify(model, slope.SparsityConfig(adapter_rank=2))
+    assert report.parameters_dense == before
+    assert report.parameters_stored == sum(p.numel() for p in model.parameters())
+    layers = [layer for _, layer in slope.sparse_layers(model)]
+    assert report.weight_bytes_dense_equivalent == sum(
+        layer.in_features * layer.out_features * 4 for layer in layers
+    )
+    assert report.weight_bytes_sparse_layers == sum(
+        t.numel() * t.element_size()
+        for layer in layers
+        for t in (layer.values, layer.metadata, layer.column_mask)
+    )
+    for entry in report.layers:
+        density = 1 if entry.pattern is None else entry.pattern.density
+        assert entry.numel_dense == entry.in_features * entry.out_features
+        assert entry.numel_stored == entry.numel_dense * density
+
+
+def test_report_of_an_already_sparse_model_has_the_same_numbers():
+    model = TinyModel()
+    first, later = slope.sparsify(model), slope.sparsity_report(model)
+    assert later.parameters_dense == first.parameters_dense
+    assert later.parameters_stored == first.parameters_stored
+    assert later.weight_bytes_sparse_layers == first.weight_bytes_sparse_layers
+    assert [x.name for x in later.layers] == [x.name for x in first.layers]
+
+
+def test_sparse_weight_costs_its_share_of_bytes():
+    model = nn.Sequential(nn.Linear(256, 256, bias=False)).bfloat16()
+    report = slope.sparsify(model)
+    # Values 1/2 of two bytes, metadata 1/8 byte, column mask 1/16 byte per dense element.
+    share = report.weight_bytes_sparse_layers / report.weight_bytes_dense_equivalent
+    assert share == pytest.approx((1 + 0.125 + 0.0625) / 2)
+
+
+# ---------------------------------------------------------------- errors, before any change
+
+
+@pytest.mark.parametrize("option", [{"skip": ("*.mpl.*",)}, {"rules": (("*.mpl.*", "2:8"),)}])
+def test_name_pattern_that_matches_nothing_is_refused_and_shows_names(option):
+    model = TinyModel()
+    with pytest.raises(ValueError, match=r"\*\.mpl\.\*.*matches no.*layers\.\d"):
+        slope.sparsify(model, slope.SparsityConfig(**option))
+    assert untouched(model)
+
+
+def test_model_without_linear_layers_is_refused():
+    with pytest.raises(ValueError, match="matched no layers"):
+        slope.sparsify(nn.Sequential(nn.Conv2d(3, 3, 3)))
+
+
+def test_skipping_everything_is_refused_and_lists_what_was_found():
+    with pytest.raises(ValueError, match="matched no layers.*Linear x13"):
+        slope.sparsify(TinyModel(), slope.SparsityConfig(skip=("*",)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "what"), [((18, 16), "in_features=18"), ((16, 18), "out_features=18")]
+)
+def test_size_that_the_pattern_does_not_divide_names_layer_and_fix(shape, what):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.Linear(*shape)))
+    with pytest.raises(ValueError, match=rf"{what}.*m=4.*1\.0.*skip.*20"):
+        slope.sparsify(model)
+    assert untouched(model)
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "2:3", "abc"])
+def test_senseless_pattern_is_refused_when_the_config_is_made(pattern):
+    with pytest.raises(ValueError, match=pattern):
+        slope.SparsityConfig(pattern=pattern)
+    with pytest.raises(ValueError, match=pattern):
+        slope.SparsityConfig(rules=(("*", pattern),))
+
+
+def test_other_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="mask='big'.*magnitude, random"):
+        slope.SparsityConfig(mask="big")
+    with pytest.raises(ValueError, match=r"skip='lm_head'.*\['lm_head'\]"):
+        slope.SparsityConfig(skip="lm_head")
+    with pytest.raises(ValueError, match="rule"):
+        slope.SparsityConfig(rules=(("*", "2:4", "dense"),))
+
+
+def test_sparsifying_twice_is_refused():
+    model = TinyModel()
+    slope.sparsify(model)
+    with pytest.raises(ValueError, match="sparse already.*densify"):
+        slope.sparsify(model)
+
+
+def test_bare_linear_layer_is_refused_because_it_cannot_be_replaced_in_place():
+    layer = nn.Linear(16, 16)
+    with pytest.raises(ValueError, match=r"SlopeLinear\.from_linear"):
+        slope.sparsify(layer)
+
+
+def test_weight_with_nan_is_refused_before_any_change():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        slope.sparsify(model)
+    assert untouched(model)
+
+
+# ---------------------------------------------------------------- back to dense, and state
+
+
+@pytest.mark.parametrize("make", [TinyModel, gpt2], ids=["linear", "conv1d"])
+def test_densify_gives_the_old_classes_and_equal_outputs(make):
+    model = make().eval()
+    classes = [type(module) for module in model.modules()]
+    names = list(model.state_dict())
+    slope.sparsify(model)
+
+    def logits():
+        y = model(TOKENS)
+        return y if torch.is_tensor(y) else y.logits
+
+    before = logits()
+    assert slope.densify(model) is model
+    assert untouched(model)
+    torch.testing.assert_close(logits(), before)
+    assert [type(module) for module in model.modules()] == classes
+    assert list(model.state_dict()) == names
+
+
+def test_densify_and_sparsify_again_find_the_same_mask():
+    model = TinyModel()
+    slope.sparsify(model)
+    state = copy.deepcopy(model.state_dict())
+    slope.densify(model)
+    slope.sparsify(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_densify_refuses_to_lose_an_active_adapter_and_folds_it_on_request():
+    model = TinyModel()
+    slope.sparsify(model, slope.SparsityConfig(adapter_rank=2))
+    slope.activate_adapters(model)
+    for _, layer in slope.sparse_layers(model):
+        nn.init.normal_(layer.adapter.up, std=0.1)
+    before = model(TOKENS)
+    with pytest.raises(ValueError, match="active adapter.*fold_adapters=True"):
+        slope.densify(model)
+    slope.densify(model, fold_adapters=True)
+    torch.testing.assert_close(model(TOKENS), before, rtol=1e-4, atol=1e-5)
+
+
+def test_densify_of_a_dense_model_is_refused():
+    with pytest.raises(ValueError, match="dense already"):
+        slope.densify(TinyModel())
+
+
+def test_model_state_goes_through_a_file_into_a_model_with_other_masks():
+    model = TinyModel()
+    slope.sparsify(model, slope.SparsityConfig(adapter_rank=2))
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    torch.manual_seed(77)
+    other = TinyModel()
+    slope.sparsify(other, slope.SparsityConfig(adapter_rank=2, mask="random", seed=3))
+    other(TOKENS).sum().backward()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(TOKENS), model(TOKENS))
+
+
+def test_deepcopy_of_a_model_is_independent():
+    model = TinyModel()
+    slope.sparsify(model)
+    before = model(TOKENS).detach()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(TOKENS), before)
+    assert twin.lm_head.weight is twin.embedding.weight
+    for parameter in twin.parameters():
+        parameter.data.add_(1.0)
+    assert torch.equal(model(TOKENS), before)
