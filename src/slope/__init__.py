@@ -4,37 +4,59 @@
     slope.sparsify(model, slope.SparsityConfig(pattern="2:4", adapter_rank=16))
     optimizer = torch.optim.AdamW(model.parameters())             # yours, unchanged
 
-Paper: arXiv:2405.16325. Only torch is imported here; saving and loading import safetensors when
-they are first used.
+Paper: arXiv:2405.16325. Names are imported when they are first used: ``import slope`` alone does
+not even import torch, so the command line can speak before torch has loaded.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from slope.adapters import Adapter
-from slope.config import SparsityConfig
-from slope.convert import (
-    LayerReport,
-    SparsityReport,
-    activate_adapters,
-    adapter_parameters,
-    adapters_active,
-    deactivate_adapters,
-    densify,
-    refresh_column_masks,
-    sparse_layers,
-    sparsify,
-    sparsity_report,
-)
-from slope.linear import SlopeLinear
-from slope.pattern import NMPattern
-from slope.schedule import SlopeSchedule
-
 if TYPE_CHECKING:
+    from slope.adapters import Adapter
+    from slope.config import SparsityConfig
+    from slope.convert import (
+        LayerReport,
+        SparsityReport,
+        activate_adapters,
+        adapter_parameters,
+        adapters_active,
+        deactivate_adapters,
+        densify,
+        refresh_column_masks,
+        sparse_layers,
+        sparsify,
+        sparsity_report,
+    )
     from slope.export import load_pretrained, save_pretrained
+    from slope.linear import SlopeLinear
+    from slope.pattern import NMPattern
+    from slope.schedule import SlopeSchedule
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "adapters",
+    "LayerReport": "convert",
+    "NMPattern": "pattern",
+    "SlopeLinear": "linear",
+    "SlopeSchedule": "schedule",
+    "SparsityConfig": "config",
+    "SparsityReport": "convert",
+    "activate_adapters": "convert",
+    "adapter_parameters": "convert",
+    "adapters_active": "convert",
+    "deactivate_adapters": "convert",
+    "densify": "convert",
+    "load_pretrained": "export",
+    "refresh_column_masks": "convert",
+    "save_pretrained": "export",
+    "sparse_layers": "convert",
+    "sparsify": "convert",
+    "sparsity_report": "convert",
+}
+_MODULES = ("compressed", "export", "functional", "masks", "models", "schedule")
 
 __all__ = [
     "Adapter",
@@ -59,8 +81,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load_pretrained", "save_pretrained"):
-        from slope import export
+    if name in _HOME:
+        value = getattr(import_module(f"slope.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"slope.{name}")
+    else:
+        raise AttributeError(f"module 'slope' has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
-        return getattr(export, name)
-    raise AttributeError(f"module 'slope' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

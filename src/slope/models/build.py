@@ -1,0 +1,144 @@
+"""From the ``model`` section of a configuration to a transformers model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+# family -> transformers class that builds it with its head
+FAMILIES = {
+    "gpt2": "AutoModelForCausalLM",
+    "opt": "AutoModelForCausalLM",
+    "llama": "AutoModelForCausalLM",
+    "mistral": "AutoModelForCausalLM",
+    "qwen2": "AutoModelForCausalLM",
+    "bert": "AutoModelForMaskedLM",
+}
+_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+# Tensor cores want the vocabulary's side of the head divisible by 8.
+_VOCAB_MULTIPLE = 8
+
+
+def build_model(
+    cfg: Mapping[str, Any],
+    vocab_size: int,
+    max_length: int,
+    *,
+    eos_token_id: int | None = None,
+) -> nn.Module:
+    """A randomly initialised model; draws from torch's default generator.
+
+    Args:
+        cfg: ``family``, ``config`` (arguments of the family's transformers config; ``vocab_size``
+            may be null) and ``attn_implementation``.
+        vocab_size: of the data's tokenizer. With ``config.vocab_size`` null the model's is this,
+            rounded up to a multiple of 8; the rows beyond it are never read.
+        max_length: longest sequence of the data, in tokens.
+        eos_token_id: end of text of the data's tokenizer, written into the model's config.
+
+    Returns:
+        The model with its language-model head, in fp32 (torch's default dtype), in training mode.
+        Under ``torch.device("meta")`` nothing is allocated.
+
+    Raises:
+        ValueError: if the family or a config key is unknown, or the data does not fit the model.
+    """
+    import transformers
+
+    family = str(cfg["family"])
+    if family not in FAMILIES:
+        raise ValueError(
+            f"model.family={family!r} is unknown; choose one of {', '.join(FAMILIES)}."
+        )
+    attention = str(cfg.get("attn_implementation") or "sdpa")
+    if attention not in _ATTENTION:
+        raise ValueError(
+            f"model.attn_implementation={attention!r} is unknown; choose one of "
+            f"{', '.join(_ATTENTION)}."
+        )
+    config_class = transformers.CONFIG_MAPPING[family]
+    values = _plain(cfg.get("config") or {})
+    _check_keys(config_class, values)
+    values["vocab_size"] = _vocab_size(values.get("vocab_size"), vocab_size)
+    # The families' defaults are ids of their released tokenizers; OPT would even freeze the
+    # embedding of its pad_token_id.
+    for key in ("bos_token_id", "eos_token_id"):
+        values.setdefault(key, eos_token_id)
+    if family != "bert":
+        values.setdefault("pad_token_id", None)
+    try:
+        config = config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.config does not describe a {family} model: {error}") from error
+    positions = config.max_position_embeddings
+    if max_length > positions:
+        raise ValueError(
+            f"datamodule.max_length={max_length} is longer than the {positions} positions of the "
+            f"{family} model; set datamodule.max_length={positions} or give the model more "
+            f"positions (model.config.{_own_name(config_class, 'max_position_embeddings')}="
+            f"{max_length})."
+        )
+    _check_heads(family, config)
+    auto_class = getattr(transformers, FAMILIES[family])
+    model = auto_class.from_config(
+        config, attn_implementation=attention, dtype=torch.get_default_dtype()
+    )
+    return model.train()
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    """A dict of plain Python values from a mapping or an OmegaConf node."""
+    if type(values) is not dict:
+        from omegaconf import OmegaConf
+
+        if OmegaConf.is_config(values):
+            values = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
+    return dict(values)
+
+
+def _check_keys(config_class: Any, values: Mapping[str, Any]) -> None:
+    # transformers takes any keyword and stores what it does not know, so a typo would go unseen.
+    default = config_class()
+    known = {*vars(default), *default.attribute_map, "rope_parameters"}
+    for key in values:
+        if key not in known:
+            names = sorted(name for name in known if not name.startswith("_"))
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+            raise ValueError(
+                f"model.config.{key} is no argument of {config_class.__name__}; did you mean "
+                f"model.config.{near[0]}?"
+            )
+
+
+def _vocab_size(wanted: int | None, data: int) -> int:
+    if wanted is None:
+        return -(-data // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    if data > wanted:
+        raise ValueError(
+            f"the tokenizer has {data} tokens and model.config.vocab_size={wanted}; leave it null "
+            f"(model.config.vocab_size=null) or set at least {data}."
+        )
+    return int(wanted)
+
+
+def _own_name(config_class: Any, name: str) -> str:
+    return str(config_class.attribute_map.get(name, name))
+
+
+def _check_heads(family: str, config: Any) -> None:
+    width, heads = config.hidden_size, config.num_attention_heads
+    if getattr(config, "head_dim", None) is None and width % heads:
+        raise ValueError(
+            f"the {family} model's width {width} is not divisible by its {heads} attention heads; "
+            "change one of them in model.config."
+        )
+    shared = getattr(config, "num_key_value_heads", None)
+    if shared and heads % shared:
+        raise ValueError(
+            f"{heads} attention heads cannot share {shared} key/value heads; set "
+            "model.config.num_key_value_heads to a divisor of the number of heads."
+        )

@@ -1,0 +1,210 @@
+"""The command line: exit codes, one message per error, the first line before torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import slope.training
+from slope import cli, plotting
+from slope.configs import compose
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("SLOPE_TRACEBACK", "RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(key, raising=False)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The configurations that `slope.training.run` was called with."""
+    called: list[Any] = []
+    monkeypatch.setattr(slope.training, "run", called.append, raising=False)
+    return called
+
+
+def test_train_calls_the_program(runs: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "experiment=smoke", "name=first", "trainer.max_steps=3"]) == 0
+    assert capsys.readouterr().out == "slope: train experiment=smoke name=first\n"
+    (cfg,) = runs
+    assert (cfg.name, cfg.trainer.max_steps) == ("first", 3)
+
+
+def test_only_the_first_process_speaks(
+    runs: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main(["train", "experiment=smoke"]) == 0
+    assert capsys.readouterr().out == ""
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "nothing to train; add experiment=demo"),
+        (["train", "experiment=dem"], "did you mean experiment=demo"),
+        (["train", "experiment=demo", "pruner.lora_rnk=1"], "did you mean 'pruner.lora_rank'"),
+        (["train", "experiment=demo", "pruner.pruned_matrix=input-static"], "not implemented"),
+        (["train", "--cfg", "experiment=dem"], "did you mean experiment=demo"),
+        (["config", "seeed=1"], "did you mean 'seed'"),
+        (["train", "experiment=demo", "--unknown"], "unrecognized arguments: --unknown"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'"),
+        (["plot"], "required: run"),
+    ],
+)
+def test_wrong_command_line_is_exit_code_2(
+    arguments: list[str], message: str, runs: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert not runs
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("a corpus too short"), "slope: error: a corpus too short\n"),
+        (FileNotFoundError("no such run"), "slope: error: no such run\n"),
+        (RuntimeError("the disk is full"), "slope: error: the disk is full\n"),
+        (KeyError("x"), "slope: error: KeyError: 'x' (SLOPE_TRACEBACK=1 shows where)\n"),
+        (
+            ModuleNotFoundError("No module named 'wandb'", name="wandb"),
+            'slope: error: wandb is not installed; type: pip install "slope-llm[train]"\n',
+        ),
+    ],
+)
+def test_failure_is_exit_code_1_and_one_message(
+    error: Exception,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(cfg: object) -> None:
+        raise error
+
+    monkeypatch.setattr(slope.training, "run", fail, raising=False)
+    assert cli.main(["train", "experiment=smoke"]) == 1
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+def test_traceback_on_demand(
+    by_option: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(cfg: object) -> None:
+        raise ValueError("here")
+
+    monkeypatch.setattr(slope.training, "run", fail, raising=False)
+    if not by_option:
+        monkeypatch.setenv("SLOPE_TRACEBACK", "1")
+    assert cli.main(["train", "experiment=smoke", *(["--traceback"] if by_option else [])]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_exit_code_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(cfg: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slope.training, "run", stop, raising=False)
+    assert cli.main(["train", "experiment=smoke"]) == 130
+    assert "Ctrl-C" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["--help"], ["train", "config", "plot"]),
+        (["train", "--help"], ["experiment=owt/gpt2s", "--cfg", "+key=value", "--traceback"]),
+        (["config", "--list"], ["experiment:\n", "  owt/gpt2s-flash\n", "optimizer:\n  adamw\n"]),
+        (["--version"], [f"slope {slope.__version__}\n"]),
+    ],
+)
+def test_help(arguments: list[str], texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in texts)
+
+
+def test_no_command_prints_help_and_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: slope" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["config"], ["train", "--cfg"]])
+def test_printed_configuration_is_the_resolved_one(
+    arguments: list[str], runs: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*arguments, "experiment=demo", "name=x"]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    cfg = compose(["experiment=demo", "name=x"])
+    assert printed == OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert printed.paths.log_dir == "./logs/x"
+    assert not runs
+
+
+def test_plot_finds_a_run_by_name_or_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("logs/mine")
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("step\n")
+    monkeypatch.setattr(plotting, "plot_run", lambda log_dir: Path(log_dir) / "curves.png")
+    for given in ("mine", "logs/mine"):
+        assert cli.main(["plot", given]) == 0
+        assert capsys.readouterr().out == "logs/mine/curves.png\n"
+    assert cli.main(["plot", "other"]) == 1
+    assert "no metrics.csv in other or logs/other; runs under logs/: mine." in (
+        capsys.readouterr().err
+    )
+
+
+# Prints "heavy" to stdout when torch, Lightning or transformers is first looked for, then stops.
+_WATCH = """
+import runpy, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "pytorch_lightning", "transformers", "datasets"):
+            print("heavy", name, flush=True)
+            raise SystemExit(0)
+sys.meta_path.insert(0, Watch())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_watched(*overrides: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", _WATCH, str(ROOT / "training" / "run.py"), *overrides],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=60,
+        check=False,
+    )
+
+
+def test_first_line_comes_before_torch_is_imported() -> None:
+    done = run_watched("experiment=smoke", "name=x")
+    assert done.stdout.splitlines()[0] == "slope: train experiment=smoke name=x"
+
+
+def test_unknown_key_is_found_before_torch_is_imported() -> None:
+    done = run_watched("experiment=smoke", "pruner.patern=2:4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean 'pruner.pattern'" in done.stderr

@@ -1,0 +1,205 @@
+"""Every experiment composes, its model can be built, and mistakes are named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
+
+import slope
+from slope import configs
+from slope.models import build_model, structure
+from slope.training.pruner import sparsity_config
+
+FOLDER = Path(configs.__file__).parent
+EXPERIMENTS = configs.choices("experiment")
+PUBLISHED = (  # the words of the published command, one by one
+    "experiment=owt/gpt2s", "trainer.devices=8", "datamodule.batch_size=16",
+    "trainer.num_nodes=2", "name=my-run", "resume=True", "logger=csv", "optimizer=adamw",
+    "pruner.pruned_matrix=static-weight", "pruner.skip_attention=False",
+    "pruner.skip_first_block=False", "pruner.skip_last_block=False", "pruner.reduction_dim=True",
+    "pruner.add_lora=True", "pruner.lora_rank=16", "trainer.max_steps=400000",
+)  # fmt: skip
+SIZES = {  # (width, blocks, heads)
+    "owt/gpt2s": (768, 12, 12),
+    "owt/gpt2m": (1024, 24, 16),
+    "owt/gpt2l": (1280, 36, 20),
+    "owt/gpt2xl": (1600, 48, 25),
+    "pile/gpt3s": (768, 12, 12),
+    "pile/gpt3m": (1024, 24, 16),
+    "pile/gpt3l": (1536, 24, 16),
+    "pile/gpt3xl": (2048, 24, 16),
+    "pile/gpt3-2.7B": (2560, 32, 32),
+    "c4/opt-125m": (768, 12, 12),
+    "c4/opt-350m": (1024, 24, 16),
+    "c4/opt-1.3b": (2048, 24, 32),
+    "c4/opt-2.7b": (2560, 32, 32),
+    "c4/opt-6.7b": (4096, 32, 32),
+    "c4/opt-13b": (5120, 40, 40),
+    "c4/opt-30b": (7168, 48, 56),
+    "c4/opt-66b": (9216, 64, 72),
+    "c4/llama3-8b": (4096, 32, 32),
+    "c4/mistral-7b": (4096, 32, 32),
+}
+
+
+def test_all_published_experiments_exist() -> None:
+    gpt2 = [f"owt/gpt2{size}" for size in ("s", "m", "l", "xl")]
+    aliases = [f"{name}-{kind}" for name in gpt2 for kind in ("flash", "hf")]
+    assert set(EXPERIMENTS) == {*SIZES, *aliases, "demo", "smoke"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_composes_and_its_numbers_fit(experiment: str) -> None:
+    cfg = configs.compose([f"experiment={experiment}", "pruner=slope"])
+    assert cfg.name == experiment.replace("/", "-")
+    per_step = cfg.train.global_batch_size
+    assert per_step % cfg.datamodule.batch_size == 0
+    if "/" in experiment:
+        assert per_step % (8 * cfg.datamodule.batch_size) == 0  # the command in the file
+    assert cfg.train.scheduler.name in ("linear_warmup", "cosine_warmup")
+    assert cfg.trainer.val_check_interval <= cfg.trainer.max_steps
+    text = (FOLDER / "experiment" / f"{experiment}.yaml").read_text()
+    assert re.search(rf"^#.*experiment={re.escape(experiment)}", text, re.M)
+
+
+# Two of one shape would build the same thing: aliases are compared as configurations below.
+@pytest.mark.parametrize(
+    "experiment", [name for name in EXPERIMENTS if not name.endswith(("-flash", "-hf"))]
+)
+def test_experiment_builds_and_sparsifies_on_the_meta_device(experiment: str) -> None:
+    cfg = configs.compose([f"experiment={experiment}", "pruner=slope"])
+    tokenizer = str(cfg.datamodule.tokenizer)
+    vocabulary = int(tokenizer[4:]) if tokenizer.startswith("bpe:") else 50257
+    with torch.device("meta"):
+        model = build_model(cfg.model, vocabulary, cfg.datamodule.max_length)
+        if experiment in SIZES:
+            config = model.config
+            size = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+            assert size == SIZES[experiment]
+        settings = sparsity_config(cfg.pruner, model)
+        parts = structure(model)
+        report = slope.sparsify(model, settings)
+    dense = {layer.name: layer.reason for layer in report.layers if layer.pattern is None}
+    assert set(dense) == {parts.head, *parts.first_qkv, *parts.outside}
+    assert all(dense.values())
+
+
+@pytest.mark.parametrize("size", ["s", "m", "l", "xl"])
+@pytest.mark.parametrize("kind", ["flash", "hf"])
+def test_alias_is_the_experiment_it_names(size: str, kind: str) -> None:
+    alias = configs.compose([f"experiment=owt/gpt2{size}-{kind}", "name=x"])
+    assert alias == configs.compose([f"experiment=owt/gpt2{size}", "name=x"])
+
+
+def test_published_command_composes_word_for_word() -> None:
+    cfg = configs.compose(PUBLISHED)
+    assert (cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.max_steps) == (8, 2, 400_000)
+    assert (cfg.datamodule.dataset, cfg.datamodule.batch_size) == ("openwebtext", 16)
+    assert (cfg.name, cfg.resume, cfg.logger, cfg.seed) == ("my-run", True, "csv", 1111)
+    assert cfg.pruner.pruned_matrix == "static-weight"
+    assert (cfg.pruner.add_lora, cfg.pruner.lora_rank, cfg.pruner.lora_start) == (True, 16, 0.99)
+    assert cfg.pruner.skip_attention is False
+    assert cfg.pruner.reduction_dim is True
+    assert OmegaConf.to_container(cfg.train, resolve=True) == {
+        "global_batch_size": 512,
+        "optimizer": {
+            "name": "adamw", "lr": 6e-4, "betas": [0.9, 0.999], "eps": 1e-4, "weight_decay": 0.1,
+        },
+        "scheduler": {
+            "name": "linear_warmup", "warmup_steps": None, "warmup_ratio": 0.01,
+            "min_lr_ratio": 0.0,
+        },
+    }  # fmt: skip
+    assert cfg.paths.log_dir == "./logs/my-run"
+    assert cfg.model.config.scale_attn_by_inverse_layer_idx is True
+    assert (cfg.trainer.gradient_clip_val, cfg.trainer.val_check_interval) == (1.0, 1000)
+
+
+def test_group_and_value_overrides_of_the_optimizer() -> None:
+    cfg = configs.compose(
+        ["experiment=owt/gpt2m", "optimizer=adamw-zero", "train.global_batch_size=64"]
+    )
+    assert (cfg.train.optimizer.name, cfg.train.optimizer.lr) == ("adamw-zero", 1.5e-4)
+    assert cfg.train.global_batch_size == 64
+    cfg = configs.compose(["experiment=owt/gpt2m", "train.optimizer.lr=1e-3", "seed=1"])
+    assert (cfg.train.optimizer.lr, cfg.pruner.mask_seed) == (1e-3, 1)
+
+
+@pytest.mark.parametrize("text", ["True", "true", "TRUE"])
+def test_booleans_of_python_and_yaml(text: str) -> None:
+    assert configs.compose([f"resume={text}"]).resume is True
+
+
+def test_tree_is_closed_but_plus_opens_it() -> None:
+    cfg = configs.compose(["+mine.deep=3"])
+    assert cfg.mine.deep == 3
+    with pytest.raises(ConfigAttributeError):
+        _ = cfg.trainer.nothing
+
+
+def test_values_keep_their_kind() -> None:
+    cfg = configs.compose(
+        ["trainer.max_steps=4e5", "name=2024", "pruner.lora_rank=0.0156", "trainer.precision=16",
+         "trainer.devices=auto", "pruner.rules=[['*.mlp.*','2:8']]", "pruner.pattern=1:4",
+         "train.optimizer.lr=1", "datamodule.data_files=[a.txt,b.txt]", "~plot"]
+    )  # fmt: skip
+    assert (cfg.trainer.max_steps, type(cfg.trainer.max_steps)) == (400_000, int)
+    assert (cfg.name, cfg.pruner.lora_rank, cfg.pruner.pattern) == ("2024", 0.0156, "1:4")
+    assert cfg.pruner.rules == [["*.mlp.*", "2:8"]]
+    assert "plot" not in cfg
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pruner.lora_rnk=16", r"unknown key 'pruner.lora_rnk'; did you mean 'pruner.lora_rank'"),
+        ("lora_rank=16", r"did you mean 'pruner.lora_rank'"),
+        ("lr=1", r"did you mean 'train.optimizer.lr'.*\+lr=\.\.\."),
+        ("datamodul=text", r"did you mean 'datamodule'"),
+        ("trainer.gpus=8", r"unknown key 'trainer.gpus'"),
+        ("experiment=owt/gpt2x", r"did you mean experiment=owt/gpt2\w+\? Choices: .*demo.*smoke"),
+        ("experiment=gpt2s", r"did you mean experiment=owt/gpt2s\?"),
+        ("optimizer=adam", r"no optimizer of that name; did you mean optimizer=adamw\?"),
+        ("model=gpt2", r"did you mean model=gpt2/\w+\? Choices: gpt2/large"),
+        ("trainer.max_steps=many", r"max_steps must be a whole number, for example .*=400000"),
+        ("trainer.max_steps=1.5", r"max_steps must be a whole number"),
+        ("trainer.max_steps=0", r"trainer.max_steps=0 must be a whole number of at least 1"),
+        ("resume=1", r"resume must be True or False, for example resume=False"),
+        ("seed=True", r"seed must be a whole number"),
+        ("pruner.rules=dense", r"pruner.rules must be a list"),
+        ("train.optimizer=adamw", r"is a section, not a value.*train.optimizer.lr"),
+        ("train.optimizer.lr=0", r"train.optimizer.lr=0 must be a number above 0"),
+        ("datamodule.batch_size=-1", r"datamodule.batch_size=-1 must be .* at least 1"),
+        ("logger=tensorbord", r"logger='tensorbord' is unknown; choose one of csv, tensorboard"),
+        ("name=../up", r"name='../up' cannot be a folder's name"),
+        ("name=", r"name='' cannot be a folder's name"),
+        ("resume", r"'resume' is not of the form key=value"),
+        ("a==b", r"cannot be read; a value with special characters needs quotes"),
+        ("pruner.sparsity_increment=0,12,-1", r"is a list of runs.*sparsity_increment=\"0,12,-1\""),
+        ("datamodule=text", r"datamodule.data_files must be given; add datamodule.data_files=\.\."),
+        ("paths.root=${nothing}", r"nothing"),
+        ("+seed=3", r"seed"),
+    ],
+)
+def test_mistake_is_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configs.compose([override])
+
+
+def test_every_group_is_listed() -> None:
+    assert configs.groups() == [
+        "callbacks", "datamodule", "experiment", "model", "optimizer", "pruner", "scheduler",
+        "trainer",
+    ]  # fmt: skip
+    assert configs.choices("datamodule") == ["c4", "demo", "openwebtext", "text", "thepile"]
+
+
+@pytest.mark.parametrize("dataset", ["c4", "demo", "openwebtext", "thepile"])
+def test_data_sets_have_the_same_keys(dataset: str) -> None:
+    text = configs.compose(["datamodule=text", "datamodule.data_files=a.txt"])
+    assert set(configs.compose([f"datamodule={dataset}"]).datamodule) == set(text.datamodule)
