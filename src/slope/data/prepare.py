@@ -1,0 +1,99 @@
+"""From a configuration to the tokens of a run: find the corpus, open or build its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slope.data.cache import TokenCache, load_or_build
+from slope.data.config import DataConfig
+from slope.data.corpora import open_corpus
+from slope.data.dataset import TokenDataset
+from slope.data.tokenizer import tokenizer_identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """What a run trains and validates on."""
+
+    train: TokenDataset
+    val: TokenDataset
+    tokenizer: PreTrainedTokenizerFast
+    vocab_size: int  # largest token id plus one
+    eos_token_id: int  # after every document
+    cache_dir: Path  # folder of this corpus's token cache
+    fingerprint: str  # hex; equal where corpus, tokenizer and options are
+
+
+def prepare(config: Any, *, progress: bool = True, verify: bool = False) -> TokenData:
+    """Open the token cache that a configuration asks for; build it first where there is none.
+
+    Several processes may call this at once: one builds, the others wait for it.
+
+    Args:
+        config: a ``DataConfig``, or ``datamodule`` of the run's configuration (a mapping or any
+            object with its attributes).
+        progress: show a progress bar while tokenising.
+        verify: compare the checksums of the token files, not only their sizes and headers.
+
+    Returns:
+        Data sets, tokenizer and vocabulary.
+
+    Raises:
+        ValueError: if a value, a file or a tokenizer is wrong, or the corpus is too short.
+        FileNotFoundError: if a file does not exist.
+        RuntimeError: if a package is missing or the hub cannot be reached.
+        OSError: if the cache cannot be written.
+
+    Example:
+        ``prepare({"dataset": "text", "data_files": "books/*.txt", "tokenizer": "bpe:4096"})``
+    """
+    settings = DataConfig.from_config(config)
+    corpus = open_corpus(settings)
+    identity = {
+        "dataset": settings.dataset,
+        "corpus": corpus.identity(Path(settings.cache_dir).expanduser()),
+        "tokenizer": tokenizer_identity(settings),
+        "val_ratio": settings.val_ratio,
+        "val_split_seed": settings.val_split_seed,
+        "max_documents": settings.max_documents,
+    }
+    cache = load_or_build(identity, corpus, settings, progress=progress, verify=verify)
+    _require_sequences(cache, settings)
+    tokenizer = cache.tokenizer()
+    return TokenData(
+        train=cache.dataset("train", settings.max_length),
+        val=cache.dataset("val", settings.max_length),
+        tokenizer=tokenizer.to_transformers(settings.max_length),
+        vocab_size=int(cache.meta["tokenizer"]["vocab_size"]),
+        eos_token_id=int(cache.meta["tokenizer"]["eos_token_id"]),
+        cache_dir=cache.directory,
+        fingerprint=str(cache.meta["key"]),
+    )
+
+
+def _require_sequences(cache: TokenCache, settings: DataConfig) -> None:
+    length = settings.max_length
+    tokens = {name: entry["tokens"] for name, entry in cache.meta["splits"].items()}
+    if tokens["train"] < length:
+        raise ValueError(
+            f"the corpus is too short: its training split holds {tokens['train']} tokens, fewer "
+            f"than one sequence of max_length={length}; give more text, or type "
+            f"datamodule.max_length={_power_of_two(min(tokens.values()))}."
+        )
+    if tokens["val"] < length:
+        raise ValueError(
+            f"the corpus is too short: its validation split (val_ratio={settings.val_ratio}) holds "
+            f"{tokens['val']} tokens, fewer than one sequence of max_length={length}; raise "
+            "datamodule.val_ratio, or type "
+            f"datamodule.max_length={_power_of_two(min(tokens.values()))}."
+        )
+
+
+def _power_of_two(tokens: int) -> int:
+    """Largest power of two that is no longer than the tokens, for an error's proposal."""
+    return max(2, 1 << (tokens.bit_length() - 1))

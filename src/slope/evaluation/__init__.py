@@ -1,0 +1,7 @@
+"""What a trained model is worth: loss and perplexity, a bigram to compare with, generated text."""
+
+from slope.evaluation.bigram import bigram_loss
+from slope.evaluation.perplexity import mean_loss, perplexity
+from slope.evaluation.sampling import sample
+
+__all__ = ["bigram_loss", "mean_loss", "perplexity", "sample"]

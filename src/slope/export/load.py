@@ -1,0 +1,321 @@
+"""Read a folder that :func:`slope.save_pretrained` wrote; everything is checked before it is used.
+
+Only JSON and safetensors are read: nothing is unpickled, no code of the folder is run.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slope.convert import dense_weight
+from slope.export.layout import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    SLOPE_FILE,
+    WEIGHTS_FILE,
+    decode,
+    expected_shapes,
+    join,
+    layer_from,
+)
+from slope.linear import SlopeLinear
+
+
+def load_pretrained(
+    directory: str | Path,
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> nn.Module:
+    """Load a model that :func:`slope.save_pretrained` wrote, bit for bit, masks included.
+
+    Args:
+        directory: the exported folder.
+        model: for a model that `transformers` does not know: an instance with the same layers,
+            dense or sparse, whose tensors are replaced; it may be on the meta device. Without it
+            the model is built from `config.json`.
+        device: where the tensors go.
+        backend: who computes the products of the sparse layers.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its files is missing.
+        ValueError: if a file is damaged, foreign or of an unknown version, or does not fit the
+            model. `model` has not been changed then.
+    """
+    directory = Path(directory)
+    description = _read_description(directory)
+    weights = _open_weights(directory / WEIGHTS_FILE, device)
+    layers = _layers(description, weights, backend)
+    if model is None:
+        model = _build(directory, description)
+    elif not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; it must be an nn.Module.")
+
+    plain = _plain_names(model, layers, description, weights)
+    for name, layer in layers.items():
+        tensors = {leaf: weights.get_tensor(join(name, leaf)) for leaf in expected_shapes(layer)}
+        decode(name, layer, tensors)
+
+    for name, layer in layers.items():
+        _put_layer(model, name, layer)
+    for name in plain:
+        _put_tensor(model, name, weights.get_tensor(name))
+    for alias, name in description["tied"].items():
+        parent, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_parameter(name))
+    _move_the_rest(model, torch.device(device))
+    return model.eval()
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    path = directory / SLOPE_FILE
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"no folder '{directory}'; give the one that slope.save_pretrained wrote."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"'{directory}' holds no {SLOPE_FILE}, so slope.save_pretrained did not write it; a "
+            "dense model loads with its own from_pretrained(), then slope.sparsify(model)."
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged ({error}); export the model again.") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"'{path}' does not describe a {FORMAT!r} export; is it another tool's?")
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"'{path}' has format_version {version!r}; this version of slope reads "
+            f"{FORMAT_VERSION}. Upgrade with pip install --upgrade slope-llm."
+        )
+    for key, kind in (("layers", dict), ("tied", dict), ("buffers", list)):
+        if not isinstance(description.get(key), kind):
+            raise ValueError(f"'{path}' is damaged: {key!r} is missing; export the model again.")
+    return description
+
+
+class _Weights:
+    """A safetensors file that is open for reading, with the shapes of its header."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self.path = path
+        self._file = file
+        self.names = set(file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        sliced = self._file.get_slice(name)
+        return sliced[:0].dtype if len(sliced.get_shape()) else self.get_tensor(name).dtype
+
+
+def _open_weights(path: Path, device: torch.device | str) -> _Weights:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"'{path}' is missing; the export is incomplete, make it again.")
+    try:
+        return _Weights(path, safe_open(path, framework="pt", device=str(device)))
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{path}' is truncated or no safetensors file ({error}); copy or export it again."
+        ) from error
+
+
+def _layers(description: dict[str, Any], weights: _Weights, backend: str) -> dict[str, SlopeLinear]:
+    """The sparse layers without storage; their tensors in the file have the right shapes."""
+    layers = {}
+    for name, entry in description["layers"].items():
+        values = join(name, "compressed")
+        if values not in weights.names:
+            raise ValueError(
+                f"'{weights.path}' has no tensor {values!r}, but {SLOPE_FILE} lists layer "
+                f"{name!r}; the two do not belong together."
+            )
+        try:
+            layer = layer_from(entry, weights.dtype(values), backend)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{SLOPE_FILE} is damaged at layer {name!r} ({type(error).__name__}: {error}); "
+                "export the model again."
+            ) from error
+        for leaf, shape in expected_shapes(layer).items():
+            _check_shape(weights, join(name, leaf), shape)
+        for leaf in ("bitmask", "column_mask"):
+            if weights.dtype(join(name, leaf)) != torch.uint8:
+                raise ValueError(
+                    f"tensor {join(name, leaf)!r} is {weights.dtype(join(name, leaf))}, not uint8; "
+                    "the file is damaged or of another tool."
+                )
+        layers[name] = layer
+    return layers
+
+
+def _check_shape(weights: _Weights, name: str, shape: tuple[int, ...]) -> None:
+    if name not in weights.names:
+        raise ValueError(f"'{weights.path}' has no tensor {name!r}; the file is incomplete.")
+    if weights.shape(name) != shape:
+        raise ValueError(
+            f"tensor {name!r} of '{weights.path}' has shape {weights.shape(name)}, but {shape} is "
+            "needed; the file and the model do not belong together."
+        )
+
+
+def _build(directory: Path, description: dict[str, Any]) -> nn.Module:
+    """The model that `config.json` describes, parameters on the meta device."""
+    if not (directory / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"'{directory}' holds no {CONFIG_FILE}: the exported {description.get('architecture')} "
+            "is no model of transformers. Build one and type "
+            "slope.load_pretrained(directory, model=model)."
+        )
+    import transformers
+
+    options = {}
+    attention = description.get("attn_implementation")
+    if attention in ("eager", "sdpa"):  # others need packages that may not be here
+        options["attn_implementation"] = attention
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, **options)
+    kind = getattr(transformers, str(description.get("architecture")), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"transformers {transformers.__version__} has no model "
+            f"{description.get('architecture')!r}; build it yourself and type "
+            "slope.load_pretrained(directory, model=model)."
+        )
+    with _parameters_on_meta():
+        model = kind(config)
+    if (directory / "generation_config.json").is_file():
+        generation = transformers.GenerationConfig.from_pretrained(directory)
+        model.generation_config = generation
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made in this thread get parameters without storage; buffers are computed as usual.
+
+    The meta device alone would lose buffers that a constructor computes and never saves.
+    """
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    register: Any = nn.modules.module.register_module_parameter_registration_hook
+    handle = register(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _plain_names(
+    model: nn.Module,
+    layers: dict[str, SlopeLinear],
+    description: dict[str, Any],
+    weights: _Weights,
+) -> list[str]:
+    """Names of the tensors outside sparse layers; checks that file and model agree on all."""
+    stored = {join(name, leaf) for name, layer in layers.items() for leaf in expected_shapes(layer)}
+    inside: set[str] = set()
+    for name, layer in layers.items():
+        inside |= {join(name, key) for key in _layer_in(model, name, layer).state_dict()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in description["buffers"]:
+        try:
+            shapes[name] = tuple(model.get_buffer(name).shape)
+        except AttributeError as error:
+            raise ValueError(f"the model has no buffer {name!r}, which was saved.") from error
+    restored = shapes.keys() | inside
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in restored:
+            raise ValueError(
+                f"buffer {name!r} of the model is on the meta device and not in the export; build "
+                "the model on the CPU."
+            )
+    tied = description["tied"]
+    needed = shapes.keys() - inside - tied.keys()
+    present = weights.names - stored
+    if needed != present or not tied.keys() <= shapes.keys() or not set(tied.values()) <= needed:
+        missing = sorted(needed - present)
+        foreign = sorted((present - needed) | (tied.keys() - shapes.keys()))
+        raise ValueError(
+            f"'{weights.path}' does not fit the model {type(model).__name__}: missing in the file "
+            f"{missing[:3] or 'nothing'}, unknown to the model {foreign[:3] or 'nothing'} "
+            f"({len(missing)} and {len(foreign)} in all)."
+        )
+    for name in needed:
+        _check_shape(weights, name, shapes[name])
+    return sorted(needed)
+
+
+def _layer_in(model: nn.Module, name: str, layer: SlopeLinear) -> nn.Module:
+    """The layer of the model that gives way to ``layer``."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(
+            f"the model {type(model).__name__} has no layer {name!r}, which was saved as sparse."
+        ) from error
+    if isinstance(old, SlopeLinear):
+        shape: tuple[int, ...] = (old.out_features, old.in_features)
+    elif isinstance(old, nn.Linear) or type(old).__name__ == "Conv1D":
+        shape = tuple(dense_weight(old).shape)
+    else:
+        raise ValueError(
+            f"layer {name!r} of the model is a {type(old).__name__}, which cannot be sparse."
+        )
+    if shape != (layer.out_features, layer.in_features):
+        raise ValueError(
+            f"layer {name!r} of the model is {shape[0]} x {shape[1]}, the saved one "
+            f"{layer.out_features} x {layer.in_features}."
+        )
+    return old
+
+
+def _put_layer(model: nn.Module, name: str, layer: SlopeLinear) -> None:
+    if name:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+        return
+    assert isinstance(model, SlopeLinear)  # the root itself: it cannot be replaced, so take over
+    model.__dict__.update(layer.__dict__)
+
+
+def _put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    old = getattr(module, leaf)
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    setattr(module, leaf, tensor)
+
+
+def _move_the_rest(model: nn.Module, device: torch.device) -> None:
+    """Buffers that a constructor computed (causal masks) follow the parameters."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.device != device:
+                setattr(module, name, buffer.to(device))

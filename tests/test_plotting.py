@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+
+from slope import plotting
+
+COLUMNS = [
+    *("step", "tokens", "epoch", "seconds", "train/loss", "train/perplexity", "val/loss"),
+    *("val/perplexity", "lr", "lora_lr", "grad_norm", "tokens_per_second", "peak_memory_bytes"),
+    "adapters_active",
+]
+
+
+def write_run(folder, steps=40, adapters_from=30, summary=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for step in range(1, steps + 1):
+            loss = 4 + 4 * math.exp(-step / 10)
+            row = {"step": step, "tokens": step * 512, "train/loss": loss, "lr": 1e-3 / step}
+            row |= {"grad_norm": 1.0, "tokens_per_second": 5000.0, "peak_memory_bytes": 3 << 30}
+            row["adapters_active"] = step >= adapters_from
+            if step >= adapters_from:
+                row["lora_lr"] = 1e-4
+            writer.writerow(row)
+            if step % 10 == 0:
+                writer.writerow({"step": step, "val/loss": loss + 0.1})
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def drawn_figure(monkeypatch, folder):
+    """The figure that plot_run saves, to look at its lines."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        figures.append(self)
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    plotting.plot_run(folder)
+    return figures[0]
+
+
+def labels(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_a_run_becomes_a_png_and_an_svg(tmp_path):
+    folder = write_run(tmp_path / "run", summary={"val_loss": 4.2, "tokens": 20480})
+    path = plotting.plot_run(folder)
+    assert path == folder / "curves.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "curves.svg").read_text()
+
+
+def test_the_bigram_level_and_the_adapters_start_are_drawn(tmp_path, monkeypatch):
+    summary = {"bigram_val_loss": 5.12, "adapters_started_at_step": 31, "val_loss": 4.2}
+    figure = drawn_figure(monkeypatch, write_run(tmp_path, summary=summary))
+    loss = figure.axes[0]
+    assert labels(loss) == [
+        "training (smoothed)",
+        "validation",
+        "bigram, validation (5.12)",
+        "adapters start",
+    ]
+    for axis in figure.axes:
+        assert any(
+            line.get_linestyle() == "--" and list(line.get_xdata()) == [31, 31]
+            for line in axis.get_lines()
+        )
+        assert axis.get_ylabel() and axis.get_title()
+
+
+def test_without_a_summary_the_adapters_start_is_read_from_the_metrics(tmp_path, monkeypatch):
+    figure = drawn_figure(monkeypatch, write_run(tmp_path, adapters_from=17))
+    assert any(
+        line.get_linestyle() == "--" and list(line.get_xdata()) == [17, 17]
+        for line in figure.axes[0].get_lines()
+    )
+
+
+def test_a_dense_run_has_neither_bigram_nor_adapters(tmp_path, monkeypatch):
+    summary = {"adapters_started_at_step": None}
+    folder = write_run(tmp_path, adapters_from=1000, summary=summary)
+    figure = drawn_figure(monkeypatch, folder)
+    assert labels(figure.axes[0]) == ["training (smoothed)", "validation"]
+    assert labels(figure.axes[2]) == ["weights"]
+
+
+def test_columns_that_were_not_measured_say_so(tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,5.0\n2,4.0\n")
+    figure = drawn_figure(monkeypatch, tmp_path)
+    assert [axis.texts[0].get_text() for axis in figure.axes[3:]] == ["not measured"] * 3
+
+
+def test_a_loss_that_is_not_finite_does_not_stop_the_picture(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,5.0\n2,nan\n3,inf\n")
+    assert plotting.plot_run(tmp_path).is_file()
+
+
+def test_smoothing_keeps_a_straight_line_straight():
+    line = [2.0 * i for i in range(200)]
+    assert plotting._smooth(line) == pytest.approx(line)
+
+
+def test_a_folder_without_metrics_is_an_error_that_says_what_to_give(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no metrics at .*logs/<name>"):
+        plotting.plot_run(tmp_path)
+
+
+def test_metrics_without_a_step_and_a_broken_summary_are_errors(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n")
+    with pytest.raises(ValueError, match="holds no measured step yet"):
+        plotting.plot_run(tmp_path)
+    write_run(tmp_path)
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match=r"summary\.json' is not valid JSON"):
+        plotting.plot_run(tmp_path)
