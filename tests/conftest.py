@@ -55,6 +55,6 @@ def make_pair(
     return layer, naive
 
 
-@pytest.fixture(name="make_pair")
+@pytest.fixture(name="make_pair", scope="session")
 def _make_pair():
     return make_pair

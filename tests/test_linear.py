@@ -66,9 +66,7 @@ def test_output_and_gradients_equal_the_dense_formulas(make_pair, text, shape, b
 
 @settings(max_examples=25)
 @given(st.sampled_from(PATTERNS), st.integers(1, 2), st.integers(1, 3), st.integers(1, 9))
-def test_every_small_size_equals_the_dense_formulas(text, out_groups, in_groups, tokens):
-    from conftest import make_pair
-
+def test_every_small_size_equals_the_dense_formulas(make_pair, text, out_groups, in_groups, tokens):
     m = slope.NMPattern.parse(text).m
     layer, naive = make_pair(text, in_groups * m, out_groups * m)
     compare(layer, naive, (tokens, in_groups * m))
