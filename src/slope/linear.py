@@ -210,7 +210,8 @@ class SlopeLinear(nn.Module):
     @torch.no_grad()
     def set_dense(self, weight: Tensor, keep_mask: Tensor) -> None:
         """Take values and mask from a dense (O, I) weight; the column mask is made anew."""
-        values, metadata = compress(weight.to(self.values.device), keep_mask, self.pattern)
+        device = self.values.device
+        values, metadata = compress(weight.to(device), keep_mask.to(device), self.pattern)
         self.values.copy_(values)
         self.metadata.copy_(metadata)
         self.refresh_column_mask()

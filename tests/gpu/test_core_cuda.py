@@ -18,6 +18,7 @@ pytestmark = [
 PATTERNS = ["1:2", "2:4", "1:4", "2:8", "4:8", "2:16"]
 
 
+@torch.no_grad()
 def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     expected = expected.double()
     return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
@@ -80,6 +81,7 @@ def test_column_mask_follows_a_fused_optimizer():
     torch.testing.assert_close(x.grad, torch.ones_like(y) @ w_rc)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # in inductor
 def test_compiled_equals_eager_under_autocast():
     torch.manual_seed(3)
     mlp = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda()

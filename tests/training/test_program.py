@@ -167,6 +167,12 @@ def test_bad_input_before_any_work(runs, overrides, text):
     assert not (runs.root / "logs").exists() and not (runs.root / "checkpoints").exists()
 
 
+def test_a_run_that_could_not_begin_leaves_its_name_free(runs):
+    with pytest.raises((FileNotFoundError, ValueError)):
+        runs.run("name=typo", "datamodule.data_files=/nowhere/*.txt")
+    assert runs.run("name=typo")["steps"] == 12
+
+
 def test_no_gpu(runs):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -260,7 +266,7 @@ def test_two_processes_equal_one(runs, tmp_path):
     script = tmp_path / "main.py"
     script.write_text("import sys; from slope.cli import main; sys.exit(main(sys.argv[1:]))")
     many = ["trainer.devices=2", "datamodule.batch_size=2", "optimizer=adamw-zero"]
-    command = [sys.executable, script, "train", *runs.base, "name=two", *same, *many]
+    command = [sys.executable, "-W", "error", script, "train", *runs.base, "name=two", *same, *many]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     one, two = runs.rows("one"), runs.rows("two")

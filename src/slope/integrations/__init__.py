@@ -1,0 +1,1 @@
+"""Thin shells that let other people's trainers follow :class:`slope.SlopeSchedule`."""

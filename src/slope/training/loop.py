@@ -1,0 +1,444 @@
+"""What happens between two optimizer steps: log, validate, save, stop.
+
+All of it happens in one place, in this order, so a checkpoint of step k holds everything that step
+k brought about, and a process killed anywhere continues from the last one as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from slope import adapters_active, sparse_layers
+from slope.training import checkpoint as checkpoints
+from slope.training import rng
+from slope.training.metrics import MetricsFile, Value
+from slope.training.module import LanguageModule
+from slope.training.progress import Progress
+
+log = logging.getLogger(__name__)
+
+SMOOTHED_STEPS = 50
+"""Optimizer steps whose mean loss is the run's ``train_loss``."""
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """When things happen, in optimizer steps; 0 means never."""
+
+    max_steps: int
+    log: int
+    validate: int
+    save: int
+    progress: int
+    keep_best: int
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether an interval ends at ``step``; the last step ends all of them."""
+        return step == self.max_steps or (every > 0 and step % every == 0)
+
+
+@dataclass
+class RunState:
+    """What a run knows beside weights, optimizer and counters; saved in every checkpoint.
+
+    Attributes:
+        seconds: wall time from the first step on, over all restarts.
+        training_seconds: the part of it spent neither in validation nor in saving.
+        recent: losses of the last optimizer steps.
+        val_loss: last measured validation loss.
+        val_step: the step it was measured at.
+        best: validation loss of each step_<k>.ckpt, as pairs (step, loss).
+        copies: names under which the checkpoint of this state is also written.
+        dropped: steps whose step_<k>.ckpt goes once it is written.
+        adapters_started_at_step: first optimizer step done with active adapters.
+    """
+
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=SMOOTHED_STEPS))
+    val_loss: float | None = None
+    val_step: int | None = None
+    best: list[tuple[int, float]] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    adapters_started_at_step: int | None = None
+
+    def train_loss(self) -> float | None:
+        """Mean loss of the last steps."""
+        return math.fsum(self.recent) / len(self.recent) if self.recent else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "seconds": self.seconds,
+            "training_seconds": self.training_seconds,
+            "recent": list(self.recent),
+            "val_loss": self.val_loss,
+            "val_step": self.val_step,
+            "best": [list(pair) for pair in self.best],
+            "copies": list(self.copies),
+            "dropped": list(self.dropped),
+            "adapters_started_at_step": self.adapters_started_at_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the values of a checkpoint."""
+        self.seconds = state["seconds"]
+        self.training_seconds = state["training_seconds"]
+        self.recent.extend(state["recent"])
+        self.val_loss = state["val_loss"]
+        self.val_step = state["val_step"]
+        self.best = [(int(step), float(loss)) for step, loss in state["best"]]
+        self.copies, self.dropped = list(state["copies"]), list(state["dropped"])
+        self.adapters_started_at_step = state["adapters_started_at_step"]
+
+
+class RunLoop(pl.Callback):
+    """Log, validate, save and stop at optimizer step boundaries.
+
+    Args:
+        intervals: when.
+        directory: of the checkpoints.
+        files: writes them.
+        progress: the bar or the log lines, on the first process only.
+        validation: makes the validation batches of this process.
+        signature: what a checkpoint must agree with to be resumed.
+        tokens_per_step: tokens of an optimizer step over all processes.
+        tokens_per_epoch: tokens of the training split.
+        seed: of the generators of a new run; each process adds its rank.
+        rng_states: generator states of a checkpoint, one per process.
+
+    Attributes:
+        metrics: the CSV, on the first process only; set before the fit.
+        state: what is saved in every checkpoint.
+        stopped_by: the signal that ended the run early.
+    """
+
+    def __init__(
+        self,
+        intervals: Intervals,
+        directory: Path,
+        files: checkpoints.VerifiedCheckpointIO,
+        progress: Progress | None,
+        validation: Callable[[], Iterable[dict[str, Tensor]]],
+        signature: dict[str, Any],
+        tokens_per_step: int,
+        tokens_per_epoch: int,
+        seed: int,
+        rng_states: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self.intervals = intervals
+        self.directory = directory
+        self.files = files
+        self.metrics: MetricsFile | None = None
+        self.progress = progress
+        self.validation = validation
+        self.signature = signature
+        self.tokens_per_step = tokens_per_step
+        self.tokens_per_epoch = tokens_per_epoch
+        self.seed = seed
+        self.rng_states = rng_states
+        self.state = RunState()
+        self.stopped_by: str | None = None
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
+        self._fresh = True
+        self._row_step = 0
+        self._row_time = 0.0
+        self._clock = 0.0
+        self._handlers: dict[int, Any] = {}
+
+    # -- what Lightning calls ----------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModule) -> None:
+        """Take over the signals and start the clock."""
+        self._catch_signals()
+        self._row_step = trainer.global_step
+        self._clock = self._row_time = time.monotonic()
+        if self.progress is not None:
+            self.progress.start(trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: LanguageModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Put generators and learning rates into the state of this step."""
+        if self._fresh:
+            self._fresh = False
+            self._start_generators(trainer.global_rank)
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        pl_module.rates.apply(trainer.optimizers[0], step)
+        if self.state.adapters_started_at_step is None and adapters_active(pl_module.model):
+            self.state.adapters_started_at_step = step
+            log.info("adapters start at step %d of %d.", step, self.intervals.max_steps)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: LanguageModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """After the last micro-batch of an optimizer step, do what is due."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step, due = trainer.global_step, self.intervals.due
+        assert pl_module.grad_norm is not None
+        self._pending.append((step, torch.stack(pl_module.losses).mean(), pl_module.grad_norm))
+        pl_module.losses.clear()
+        if self.progress is not None:
+            self.progress.step(step)
+
+        stop = self._stop_requested(trainer)
+        validate = due(self.intervals.validate, step)
+        save = stop or due(self.intervals.save, step)
+        progress = self.intervals.progress > 0 and step % self.intervals.progress == 0
+        row: dict[str, Value] = {}
+        if validate or save or progress or step == 1 or due(self.intervals.log, step):
+            row = self._measure(trainer, pl_module, step)
+        if validate:
+            loss = self._validate(trainer, pl_module)
+            self.state.val_loss, self.state.val_step = loss, step
+            row |= {"val/loss": loss, "val/perplexity": perplexity(loss)}
+        if validate or step == 1 or due(self.intervals.log, step):
+            self._write(trainer, row)
+        if save or progress:
+            self._save(trainer, step, validate, progress)
+        if stop:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModule) -> None:
+        """Give the signals back and stop the clock."""
+        self.state.seconds += time.monotonic() - self._clock
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: LanguageModule, exception: BaseException
+    ) -> None:
+        """Give the signals and the terminal back."""
+        self._close()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: LanguageModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what Lightning does not know of; every process takes part."""
+        states = [rng.capture()]
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, states[0])
+            states = gathered
+        checkpoint["slope"] = {
+            "signature": self.signature,
+            "state": self.state.state_dict(),
+            "rng": states,
+            "seed": self.seed,
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: LanguageModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take back what :meth:`on_save_checkpoint` stored."""
+        self.state.load_state_dict(checkpoint["slope"]["state"])
+        self.rng_states = checkpoint["slope"]["rng"]
+
+    # -- the parts ---------------------------------------------------------------------------------
+
+    def _start_generators(self, rank: int) -> None:
+        if self.rng_states is not None and rank < len(self.rng_states):
+            rng.restore(self.rng_states[rank])
+        else:
+            rng.seed_all(self.seed + rank)
+        self.rng_states = None
+
+    def _measure(
+        self, trainer: pl.Trainer, pl_module: LanguageModule, step: int
+    ) -> dict[str, Value]:
+        """Read the losses since the last call: the only place where the device is waited for."""
+        loss, norm = self._flush(trainer)
+        now = time.monotonic()
+        speed = None
+        if now > self._row_time and step > self._row_step:
+            speed = (step - self._row_step) * self.tokens_per_step / (now - self._row_time)
+            self.state.training_seconds += now - self._row_time
+        self._row_step, self._row_time = step, now
+        self.state.seconds += now - self._clock
+        self._clock = now
+        tokens = step * self.tokens_per_step
+        rates = pl_module.rates
+        row: dict[str, Value] = {
+            "step": step,
+            "tokens": tokens,
+            "epoch": tokens / self.tokens_per_epoch,
+            "seconds": self.state.seconds,
+            "train/loss": loss,
+            "train/perplexity": perplexity(loss),
+            "lr": rates.model(step - 1),
+            "lora_lr": None if rates.lora_start_step is None else rates.adapters(step - 1),
+            "grad_norm": norm,
+            "tokens_per_second": speed,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "adapters_active": int(adapters_active(pl_module.model)),
+        }
+        if self.progress is not None:
+            self.progress.measured(row)
+        return row
+
+    def _flush(self, trainer: pl.Trainer) -> tuple[float, float]:
+        losses = torch.stack([loss.float() for _, loss, _ in self._pending])
+        norms = torch.stack([norm.float() for _, _, norm in self._pending])
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(losses)
+            losses = losses / trainer.world_size
+        steps = [step for step, _, _ in self._pending]
+        self._pending.clear()
+        values = torch.stack((losses, norms)).tolist()
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        for step, loss, norm in zip(steps, *values, strict=True):
+            # A loss scaler makes infinite gradients by design and skips the step.
+            if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
+                raise RuntimeError(self._diverged(step, loss, norm))
+        self.state.recent.extend(values[0])
+        return values[0][-1], values[1][-1]
+
+    def _diverged(self, step: int, loss: float, norm: float) -> str:
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+        good = checkpoints.saved(self.directory)
+        kept = f"the last good checkpoint is {good[0]}" if good else "no checkpoint was due yet"
+        return (
+            f"{what} at step {step}; training stops, {kept}. Try a lower train.optimizer.lr, a "
+            "longer train.scheduler.warmup_steps or trainer.precision=32-true, and go on with "
+            "resume=True (resume_iter=<k> goes further back)."
+        )
+
+    @torch.no_grad()
+    def _validate(self, trainer: pl.Trainer, pl_module: LanguageModule) -> float:
+        """Mean loss per predicted token of the validation split, over all processes."""
+        started = time.monotonic()
+        sums = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
+        pl_module.eval()
+        try:
+            with rng.untouched(), trainer.precision_plugin.forward_context():
+                for batch in self.validation():
+                    batch = {name: tensor.to(pl_module.device) for name, tensor in batch.items()}
+                    rows, length = batch["input_ids"].shape
+                    count = rows * (length - 1)
+                    sums[0] += pl_module.loss(batch).double() * count
+                    sums[1] += count
+        finally:
+            pl_module.train()
+            for _, layer in sparse_layers(pl_module.model):
+                # A forward without gradients keeps the old column mask; the next step must not.
+                layer.invalidate()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        total, count = sums.tolist()
+        # Validation is no part of the training speed.
+        self._row_time += time.monotonic() - started
+        return total / count
+
+    def _write(self, trainer: pl.Trainer, row: dict[str, Value]) -> None:
+        if self.metrics is not None:
+            self.metrics.append(row)
+        if self.progress is not None:
+            self.progress.row(row)
+        measured = {name: value for name, value in row.items() if value is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(measured, step=int(row["step"] or 0))
+
+    def _save(self, trainer: pl.Trainer, step: int, validated: bool, progress: bool) -> None:
+        """Write last.ckpt first, so that it is never older than the copies."""
+        if self.metrics is not None:
+            self.metrics.sync()
+        self.state.dropped = []
+        copies: list[str] = []
+        if validated and self.intervals.keep_best > 0:
+            assert self.state.val_loss is not None
+            others = [pair for pair in self.state.best if pair[0] != step]
+            ranked = sorted([*others, (step, self.state.val_loss)], key=lambda pair: pair[1])
+            self.state.best = ranked[: self.intervals.keep_best]
+            self.state.dropped = [old for old, _ in ranked[self.intervals.keep_best :]]
+            if step not in self.state.dropped:
+                copies.append(f"step_{step}.ckpt")
+        if progress:
+            copies.append(f"progress_step_{step}.ckpt")
+        self.state.copies = copies
+        path = self.directory / checkpoints.LAST
+        started = time.monotonic()
+        trainer.save_checkpoint(
+            path, weights_only=False, storage_options=[self.directory / name for name in copies]
+        )
+        # Written by the first process alone; all of them must learn that it failed.
+        failure = self.files.failure
+        if trainer.world_size > 1:
+            failure = trainer.strategy.broadcast(failure)
+        if failure is not None:
+            raise RuntimeError(failure)
+        if trainer.is_global_zero:
+            self.drop()
+            (self.directory / checkpoints.UNSAVED).unlink(missing_ok=True)
+        self._row_time += time.monotonic() - started
+
+    def drop(self) -> None:
+        """Delete the checkpoints that are no longer among the best."""
+        for step in self.state.dropped:
+            (self.directory / f"step_{step}.ckpt").unlink(missing_ok=True)
+
+    # -- stopping ----------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stopped_by is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stopped_by = signal.Signals(number).name
+        sys.stderr.write(
+            f"\n{self.stopped_by}: finishing this optimizer step and saving; "
+            "Ctrl-C again stops at once.\n"
+        )
+
+    def _stop_requested(self, trainer: pl.Trainer) -> bool:
+        stop = self.stopped_by is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+            if stop and self.stopped_by is None:
+                self.stopped_by = "a signal to another process"
+        return stop
+
+    def _close(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: of the GPU if it uses one, else resident memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,103 @@
+"""The model as Lightning trains it: a loss, parameter groups, clipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from slope.training.optim import LearningRates, build_optimizer, parameter_groups
+
+
+class LanguageModule(pl.LightningModule):
+    """A language model of transformers with AdamW and rates that depend on the step alone.
+
+    Args:
+        model: called with ``input_ids`` and ``labels``, returns an object with ``loss``.
+        rates: learning rates by step.
+        optimizer: name, betas, eps and weight decay.
+        fused: use the fused AdamW kernel.
+
+    Attributes:
+        losses: detached losses of the micro-batches since the last optimizer step.
+        grad_norm: gradient norm of the last optimizer step, before clipping.
+    """
+
+    def __init__(
+        self, model: nn.Module, rates: LearningRates, optimizer: dict[str, Any], fused: bool
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.rates = rates
+        self.losses: list[Tensor] = []
+        self.grad_norm: Tensor | None = None
+        self._optimizer = optimizer
+        self._fused = fused
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy of the next token; the model shifts the labels."""
+        loss: Tensor = self.model(
+            input_ids=batch["input_ids"], labels=batch.get("labels", batch["input_ids"])
+        ).loss
+        return loss
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One micro-batch."""
+        loss = self.loss(batch)
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the groups; no scheduler, the rates are set from the step."""
+        settings = self._optimizer
+        return build_optimizer(
+            parameter_groups(self.model, settings["weight_decay"]),
+            settings["name"],
+            self.rates.peak,
+            tuple(settings["betas"]),
+            settings["eps"],
+            self._fused,
+        )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of the whole gradient and keep that norm."""
+        limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+
+class TrainBatches:
+    """Micro-batches of a run as one long epoch that can be entered anywhere.
+
+    One batch more than the run reads, so that Lightning never takes a batch for the last one of
+    its epoch: the run ends at its step, and a longer ``max_steps`` continues it.
+
+    Args:
+        loader: a :class:`slope.data.BatchLoader` without end.
+        length: micro-batches of the run.
+    """
+
+    def __init__(self, loader: Any, length: int) -> None:
+        self.loader = loader
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length + 1
+
+    def __iter__(self) -> Any:
+        return iter(self.loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, for Lightning's checkpoint."""
+        state: dict[str, Any] = self.loader.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position."""
+        self.loader.load_state_dict(state)

@@ -1,0 +1,599 @@
+"""A whole run: data, model, training, validation, summary, pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
+
+import slope
+from slope.integrations.lightning import SlopeCallback
+from slope.schedule import SlopeSchedule
+from slope.training import checkpoint as checkpoints
+from slope.training import rng, signature
+from slope.training.loop import Intervals, RunLoop, peak_memory_bytes, perplexity
+from slope.training.metrics import MetricsFile
+from slope.training.module import LanguageModule, TrainBatches
+from slope.training.optim import LORA_LR_RATIO, LearningRates, state_bytes
+from slope.training.progress import Progress, console_handler, show_summary
+from slope.training.pruner import check_pruner, sparsity_config
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a run is done."""
+
+    accelerator: str
+    devices: int | list[int]
+    num_nodes: int
+    precision: str
+
+    @property
+    def world_size(self) -> int:
+        """Processes over all nodes."""
+        per_node = self.devices if isinstance(self.devices, int) else len(self.devices)
+        return per_node * self.num_nodes
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Do the run that a configuration describes, or go on with it.
+
+    Args:
+        cfg: the composed configuration (see ``slope config``).
+
+    Returns:
+        The summary that is written to ``summary.json``. After Ctrl-C or SIGTERM: ``interrupted``
+        True, ``steps`` and ``checkpoint``. On processes other than the first: empty.
+
+    Raises:
+        ValueError: for settings, data or checkpoints that do not fit, before any work is done.
+        RuntimeError: if the loss diverges or a file cannot be written.
+        FileNotFoundError: if the checkpoint asked for does not exist.
+    """
+    hardware = _hardware(cfg)
+    accumulate = accumulation(cfg, hardware.world_size)
+    first = rank_zero_only.rank == 0
+    log_dir, directory = Path(cfg.paths.log_dir), Path(cfg.paths.checkpoint_dir)
+    schedule = _check_settings(cfg)
+    known = signature.config_signature(cfg)
+    found = _start_from(cfg, log_dir, directory, first)
+    if found is not None:
+        signature.check(found.content["slope"]["signature"], known, found.path, whole=False)
+    with _run_log(log_dir, first), _quiet_lightning():
+        return _run(cfg, hardware, accumulate, schedule, known, found)
+
+
+def _run(
+    cfg: DictConfig,
+    hardware: Hardware,
+    accumulate: int,
+    schedule: SlopeSchedule,
+    known: dict[str, Any],
+    found: checkpoints.Found | None,
+) -> dict[str, Any]:
+    from slope.data import BatchLoader, prepare
+    from slope.models import build_model
+
+    first = rank_zero_only.rank == 0
+    log_dir, directory = Path(cfg.paths.log_dir), Path(cfg.paths.checkpoint_dir)
+    max_steps, max_length = int(cfg.trainer.max_steps), int(cfg.datamodule.max_length)
+
+    data = prepare(cfg.datamodule, progress=first and bool(cfg.trainer.enable_progress_bar))
+    rng.seed_all(int(cfg.seed))
+    model = build_model(cfg.model, data.vocab_size, max_length, eos_token_id=data.eos_token_id)
+    if cfg.model.family != "bert" and getattr(model, "loss_type", "") is None:
+        # transformers guesses the loss from the class's name and warns about GPT2LMHeadModel.
+        model.loss_type = "ForCausalLM"
+    settings = sparsity_config(cfg.pruner, model)
+    report = slope.sparsity_report(model) if settings is None else slope.sparsify(model, settings)
+    log.info("%s", report.summary())
+    adapters = bool(slope.adapter_parameters(model))
+
+    module = LanguageModule(
+        model,
+        _rates(cfg, schedule if adapters else None),
+        {
+            name: _plain(cfg.train.optimizer[name])
+            for name in ("name", "betas", "eps", "weight_decay")
+        },
+        fused=hardware.precision != "16-mixed",  # a loss scaler and clipping need the plain kernel
+    )
+    known |= signature.model_signature(model, data.vocab_size)
+    known |= {"data": data.fingerprint, "seed": int(cfg.seed)}
+    known["train.global_batch_size"] = int(cfg.train.global_batch_size)
+    known["trainer.max_steps"] = max_steps
+    if found is not None:
+        _fit_to(found, known, module, model, accumulate, max_steps)
+
+    step = 0 if found is None else int(found.content["global_step"])
+    log_every = max(1, int(cfg.trainer.log_every_n_steps))
+    files = checkpoints.VerifiedCheckpointIO(found)
+    saving = cfg.callbacks.checkpoint
+
+    def validation() -> Iterable[dict[str, Tensor]]:
+        loader = BatchLoader(
+            data.val,
+            int(cfg.datamodule.batch_size_eval),
+            seed=0,
+            shuffle=False,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        limit = cfg.trainer.limit_val_batches
+        if limit is None:
+            return loader
+        # Counted over all processes, so that their number does not change what is measured.
+        return islice(loader, math.ceil(int(limit) / trainer.world_size))
+
+    loop = RunLoop(
+        intervals=Intervals(
+            max_steps=max_steps,
+            log=log_every,
+            validate=int(cfg.trainer.val_check_interval),
+            save=int(saving.every_n_steps),
+            progress=int(saving.progress_every_n_steps or 0),
+            keep_best=int(saving.save_top_k),
+        ),
+        directory=directory,
+        files=files,
+        progress=Progress(max_steps, bool(cfg.trainer.enable_progress_bar)) if first else None,
+        validation=validation,
+        signature=known,
+        tokens_per_step=int(cfg.train.global_batch_size) * max_length,
+        tokens_per_epoch=len(data.train) * max_length,
+        seed=int(cfg.seed),
+    )
+    waking = SlopeCallback(max_steps, schedule.lora_start if adapters else None)
+    trainer = _trainer(cfg, hardware, accumulate, adapters, files, [waking, loop])
+    batches = TrainBatches(
+        BatchLoader(
+            data.train,
+            int(cfg.datamodule.batch_size),
+            seed=int(cfg.seed),
+            shuffle=True,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            start_batch=step * accumulate,
+            pin_memory=hardware.accelerator == "gpu",
+        ),
+        max_steps * accumulate,
+    )
+    if cfg.model.get("compile"):
+        model.compile()
+    if first:
+        # Only now: a run that could not begin leaves its name free.
+        _claim(cfg, log_dir, directory, found)
+    if trainer.world_size > 1:
+        # Lightning would wait for the device in every micro-batch to ask about SIGTERM; RunLoop
+        # asks once per optimizer step.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    opened = MetricsFile(log_dir / "metrics.csv", step) if first else contextlib.nullcontext()
+    with _no_cache(model), opened as loop.metrics:
+        trainer.fit(module, batches, ckpt_path=None if found is None else str(found.path))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not first:
+        return {}
+    if loop.stopped_by is not None and trainer.global_step < max_steps:
+        path = directory / checkpoints.LAST
+        log.info(
+            "stopped by %s at step %d of %d; saved %s. The same command with resume=True goes on.",
+            loop.stopped_by,
+            trainer.global_step,
+            max_steps,
+            path,
+        )
+        return {"interrupted": True, "steps": trainer.global_step, "checkpoint": str(path)}
+    return _finish(cfg, hardware, data, model, report, trainer, loop)
+
+
+def accumulation(cfg: DictConfig, world_size: int) -> int:
+    """Micro-batches per optimizer step.
+
+    Raises:
+        ValueError: if the global batch is not a whole number of micro-batches of all processes.
+    """
+    batch = int(cfg.train.global_batch_size)
+    micro, nodes = int(cfg.datamodule.batch_size), int(cfg.trainer.num_nodes)
+    if batch < 1 or micro < 1 or batch % (micro * world_size):
+        at_once = max(1, micro * world_size)
+        near = max(1, round(batch / at_once)) * at_once
+        raise ValueError(
+            f"train.global_batch_size={batch} is no multiple of datamodule.batch_size={micro} x "
+            f"trainer.devices={world_size // nodes} x trainer.num_nodes={nodes} = {at_once}; "
+            f"try train.global_batch_size={near}."
+        )
+    return batch // (micro * world_size)
+
+
+def _hardware(cfg: DictConfig) -> Hardware:
+    wanted, devices = str(cfg.trainer.accelerator), _plain(cfg.trainer.devices)
+    nodes = int(cfg.trainer.num_nodes)
+    if wanted not in ("auto", "cpu", "gpu", "cuda"):
+        raise ValueError(f"trainer.accelerator={wanted!r} is unknown; use auto, cpu or gpu.")
+    gpus = torch.cuda.device_count()
+    if wanted in ("gpu", "cuda") and not gpus:
+        raise RuntimeError(
+            f"trainer.accelerator={wanted}, but torch {torch.__version__} finds no GPU; check "
+            "nvidia-smi and the torch build, or type trainer.accelerator=cpu."
+        )
+    accelerator = "gpu" if wanted != "cpu" and gpus else "cpu"
+    chosen: int | list[int]
+    if isinstance(devices, list) and devices:
+        chosen = [int(index) for index in devices]
+    elif str(devices) in ("auto", "-1"):
+        chosen = gpus if accelerator == "gpu" else 1
+    elif str(devices).isdigit() and int(devices) > 0:
+        chosen = int(devices)
+    else:
+        raise ValueError(
+            f"trainer.devices={devices} is not a number of devices; use 1, 2, … or -1 for all."
+        )
+    count = len(chosen) if isinstance(chosen, list) else chosen
+    if accelerator == "gpu" and count > gpus:
+        raise ValueError(
+            f"trainer.devices={devices}, but this machine has {gpus} GPU(s); type "
+            f"trainer.devices={gpus}, or trainer.accelerator=cpu for processes on the CPU."
+        )
+    if accelerator == "cpu" and isinstance(chosen, list):
+        chosen = count
+    if nodes < 1:
+        raise ValueError(f"trainer.num_nodes={nodes} must be at least 1.")
+    precision = str(cfg.trainer.precision)
+    if precision == "auto":
+        fits = accelerator == "gpu" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16-mixed" if fits else "32-true"
+    return Hardware(accelerator, chosen, nodes, precision)
+
+
+def _check_settings(cfg: DictConfig) -> SlopeSchedule:
+    """Everything that can be wrong and be known before the data."""
+    if not cfg.name:
+        raise ValueError("the run has no name; type name=my-run.")
+    if str(cfg.trainer.strategy) not in ("auto", "ddp"):
+        raise ValueError(f"trainer.strategy={cfg.trainer.strategy!r} is unknown; use auto or ddp.")
+    for key in ("trainer.max_steps", "trainer.val_check_interval", "trainer.log_every_n_steps"):
+        value = OmegaConf.select(cfg, key)
+        if int(value) < 1:
+            raise ValueError(f"{key}={value} must be at least 1.")
+    if str(cfg.logger) not in ("csv", "none", "tensorboard", "wandb"):
+        raise ValueError(f"logger={cfg.logger!r} is unknown; use csv, tensorboard, wandb or none.")
+    if str(cfg.logger) in ("tensorboard", "wandb") and find_spec(cfg.logger) is None:
+        raise RuntimeError(
+            f"logger={cfg.logger} needs a package that is missing; type pip install {cfg.logger}, "
+            "or logger=csv."
+        )
+    schedule = SlopeSchedule(int(cfg.trainer.max_steps), float(cfg.pruner.lora_start))
+    if check_pruner(cfg.pruner):
+        _try_on_meta(cfg)
+    return schedule
+
+
+def _try_on_meta(cfg: DictConfig) -> None:
+    """Sparsify the model without memory: sizes, ranks, rules and skips are wrong now or never."""
+    from slope.models import build_model
+
+    with torch.device("meta"):
+        model = build_model(cfg.model, 1, int(cfg.datamodule.max_length))
+        slope.sparsify(model, sparsity_config(cfg.pruner, model))
+
+
+def _start_from(
+    cfg: DictConfig, log_dir: Path, directory: Path, first: bool
+) -> checkpoints.Found | None:
+    """The checkpoint to go on from; None for a run that starts at step 0."""
+    step = None if int(cfg.resume_iter) < 0 else int(cfg.resume_iter)
+    if not cfg.resume:
+        if step is not None:
+            raise ValueError(f"resume_iter={step} needs resume=True.")
+        if first and _files_of_run(log_dir, directory):
+            raise ValueError(
+                f"run {cfg.name!r} exists already ({_files_of_run(log_dir, directory)[0]}); type "
+                "resume=True to go on with it, or another name= for a new run."
+            )
+        return None
+    found = checkpoints.find(directory, step)
+    if found is not None:
+        return found
+    files = _files_of_run(log_dir, directory)
+    if first and files and not (directory / checkpoints.UNSAVED).exists():
+        raise ValueError(
+            f"resume=True, but {directory} holds no checkpoint while other files of run "
+            f"{cfg.name!r} exist ({', '.join(str(path) for path in files[:3])}); put its "
+            "checkpoint back, or choose another name= for a new run."
+        )
+    return None
+
+
+def _files_of_run(log_dir: Path, directory: Path) -> list[Path]:
+    inside = sorted(directory.iterdir()) if directory.is_dir() else []
+    logs = [log_dir / name for name in ("metrics.csv", "summary.json")]
+    return inside + [path for path in logs if path.exists()]
+
+
+def _claim(
+    cfg: DictConfig, log_dir: Path, directory: Path, found: checkpoints.Found | None
+) -> None:
+    """Make the folder of a run's checkpoints and write down its configuration."""
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoints.remove_leftovers(directory)
+    if found is None:
+        (directory / checkpoints.UNSAVED).touch()
+    _write_text(log_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def _fit_to(
+    found: checkpoints.Found,
+    known: dict[str, Any],
+    module: LanguageModule,
+    model: nn.Module,
+    accumulate: int,
+    max_steps: int,
+) -> None:
+    """Check a checkpoint against this run, and fit it to what may differ."""
+    content, step = found.content, int(found.content["global_step"])
+    for difference in signature.check(content["slope"]["signature"], known, found.path, whole=True):
+        log.warning("the checkpoint was made with other settings: %s.", difference)
+    if step > max_steps:
+        raise ValueError(
+            f"checkpoint {found.path} is at step {step}, beyond trainer.max_steps={max_steps}; "
+            f"type trainer.max_steps={step} or more, or resume_iter=<an earlier step>."
+        )
+    if signature.adapt(content, module, model):
+        log.info("the checkpoint has no adapters; they join at their start, untrained.")
+    signature.set_position(content, step * accumulate)
+    if rank_zero_only.rank == 0:
+        _complete_save(found, step)
+    log.info("going on from step %d of %d (%s).", step, max_steps, found.path)
+
+
+def _complete_save(found: checkpoints.Found, step: int) -> None:
+    """Do what a process killed right after writing last.ckpt had left to do."""
+    directory, state = found.path.parent, found.content["slope"]["state"]
+    (directory / checkpoints.UNSAVED).unlink(missing_ok=True)
+    if found.path.name != checkpoints.LAST:
+        return
+    for name in state["copies"]:
+        if not (directory / name).exists():
+            checkpoints.copy(found.path, directory / name)
+    for old in state["dropped"]:
+        (directory / f"step_{old}.ckpt").unlink(missing_ok=True)
+
+
+def _rates(cfg: DictConfig, schedule: SlopeSchedule | None) -> LearningRates:
+    settings, max_steps = cfg.train.scheduler, int(cfg.trainer.max_steps)
+    shapes = {"linear_warmup": "linear", "cosine_warmup": "cosine"}
+    if settings.name not in shapes:
+        raise ValueError(
+            f"scheduler {settings.name!r} is unknown; use scheduler={' or '.join(shapes)}."
+        )
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = round(float(settings.warmup_ratio) * max_steps)
+    peak = float(cfg.train.optimizer.lr)
+    lora = cfg.pruner.lora_lr
+    return LearningRates(
+        peak=peak,
+        warmup_steps=int(warmup),
+        max_steps=max_steps,
+        minimum=peak * float(settings.min_lr_ratio),
+        shape=shapes[settings.name],
+        lora_peak=LORA_LR_RATIO * peak if lora is None else float(lora),
+        lora_start_step=None if schedule is None else schedule.start_step,
+    )
+
+
+def _trainer(
+    cfg: DictConfig,
+    hardware: Hardware,
+    accumulate: int,
+    adapters: bool,
+    files: checkpoints.VerifiedCheckpointIO,
+    callbacks: list[pl.Callback],
+) -> pl.Trainer:
+    strategy: str | DDPStrategy = "auto"
+    if hardware.world_size > 1:
+        # Buffers are equal on every process. torch 2.13 has a new name for leaving them alone.
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        # Sleeping adapters take no part in the backward.
+        strategy = DDPStrategy(find_unused_parameters=adapters, **{name: False})
+    clip = cfg.trainer.gradient_clip_val
+    return pl.Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        strategy=strategy,
+        precision=hardware.precision,
+        plugins=[files],
+        callbacks=callbacks,
+        logger=_logger(cfg),
+        max_steps=int(cfg.trainer.max_steps),
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=None if clip is None else float(clip),
+        log_every_n_steps=1,
+        limit_val_batches=0,  # RunLoop validates, at the same place where it saves
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=cfg.paths.log_dir,
+    )
+
+
+def _logger(cfg: DictConfig) -> Any:
+    """A logger beside metrics.csv, which is always written."""
+    name, log_dir = str(cfg.logger), str(cfg.paths.log_dir)
+    if name == "tensorboard":
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        return TensorBoardLogger(log_dir, name="", version="tensorboard")
+    if name == "wandb":
+        from pytorch_lightning.loggers import WandbLogger
+
+        return WandbLogger(
+            name=cfg.name, id=cfg.name, project="slope", save_dir=log_dir, resume="allow"
+        )
+    return False
+
+
+def _finish(
+    cfg: DictConfig,
+    hardware: Hardware,
+    data: Any,
+    model: nn.Module,
+    report: slope.SparsityReport,
+    trainer: pl.Trainer,
+    loop: RunLoop,
+) -> dict[str, Any]:
+    """Sum up a complete run, draw and print it."""
+    log_dir, directory = Path(cfg.paths.log_dir), Path(cfg.paths.checkpoint_dir)
+    state, step = loop.state, trainer.global_step
+    tokens = step * loop.tokens_per_step
+    assert state.val_loss is not None
+    summary: dict[str, Any] = {
+        "val_loss": state.val_loss,
+        "val_perplexity": perplexity(state.val_loss),
+        "train_loss": state.train_loss(),
+        "steps": step,
+        "tokens": tokens,
+        "tokens_per_second": tokens / state.training_seconds if state.training_seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "parameters_dense": report.parameters_dense,
+        "parameters_stored": report.parameters_stored,
+        "weight_bytes_sparse_layers": report.weight_bytes_sparse_layers,
+        "weight_bytes_dense_equivalent": report.weight_bytes_dense_equivalent,
+        "optimizer_state_bytes": state_bytes(trainer.optimizers[0]),
+        "adapters_started_at_step": state.adapters_started_at_step,
+        "wall_seconds": state.seconds,
+    }
+    written = {
+        "metrics": log_dir / "metrics.csv",
+        "summary": log_dir / "summary.json",
+        "report": log_dir / "report.txt",
+        "config": log_dir / "config.yaml",
+        "log": log_dir / "run.log",
+        "checkpoints": directory,
+    }
+    if cfg.demo:
+        from slope.evaluation import bigram_loss
+
+        summary["bigram_val_loss"] = bigram_loss(data.train, data.val, data.vocab_size)
+        summary["bigram_val_perplexity"] = perplexity(summary["bigram_val_loss"])
+    _write_text(written["report"], f"{report}\n")
+    _write_text(written["summary"], json.dumps(summary, indent=2) + "\n")
+    text = None
+    if str(cfg.model.family) != "bert":
+        text = _sample(cfg, hardware, model, data.tokenizer, state.adapters_started_at_step)
+        written["sample"] = log_dir / "sample.txt"
+        _write_text(written["sample"], f"{text}\n")
+    if cfg.plot:
+        from slope.plotting import plot_run
+
+        written["curves"] = plot_run(log_dir)
+    show_summary(summary, str(report), written, text)
+    return summary
+
+
+def _sample(
+    cfg: DictConfig, hardware: Hardware, model: nn.Module, tokenizer: Any, woke: int | None
+) -> str:
+    from slope.evaluation import sample
+
+    if woke is not None:
+        slope.activate_adapters(model)  # a finished run that was resumed has not trained a step
+    model.to("cuda" if hardware.accelerator == "gpu" else "cpu").eval()
+    return sample(
+        model,
+        tokenizer,
+        str(cfg.generate.prompt),
+        int(cfg.generate.max_new_tokens),
+        seed=int(cfg.seed),
+    )
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """Keep transformers from building a key/value cache in every training forward."""
+    config: Any = model.config
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning's notes on hardware and stopping say nothing that we do not say."""
+    loggers = [logging.getLogger(n) for n in ("pytorch_lightning", "lightning_fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Lightning 2.6 asks torch 2.13 for a class that will go.
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _run_log(log_dir: Path, first: bool) -> Iterator[None]:
+    """Write the package's log to run.log, and to the console if nobody else does."""
+    logger = logging.getLogger("slope")
+    level = logger.level
+    handlers: list[logging.Handler] = []
+    if first:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(log_dir / "run.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+        if not logger.hasHandlers():
+            handlers.append(console_handler())
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO if first else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
