@@ -292,10 +292,11 @@ class SlopeLinear(nn.Module):
         On the CPU expanding once per step instead of once per call is what keeps a sparse step near
         a dense one. Elsewhere memory counts more, and a compiled graph expands inside its kernels.
         """
-        training = torch.is_grad_enabled() and self.values.requires_grad
-        refresh = training and self.column_mask_interval == 1
+        # Interval 1 makes the column mask a function of the values: chosen again whenever these are
+        # expanded anew, in evaluation too, so that no forward finds operands with an older mask.
+        refresh = self.column_mask_interval == 1 and self.values.requires_grad
         if torch.compiler.is_compiling() or self.values.device.type != "cpu":
-            if refresh:
+            if refresh and torch.is_grad_enabled():
                 self.refresh_column_mask()
             return None
         if not self._cache.holds(self, dtype):

@@ -124,8 +124,7 @@ def _train(arguments: list[str]) -> int:
 
     from slope.training import run
 
-    run(cfg)
-    return 0
+    return 130 if run(cfg).get("interrupted") else 0
 
 
 def _config(arguments: list[str]) -> int:

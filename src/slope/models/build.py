@@ -87,6 +87,9 @@ def build_model(
     model = auto_class.from_config(
         config, attn_implementation=attention, dtype=torch.get_default_dtype()
     )
+    if family != "bert" and getattr(model, "loss_type", "") is None:
+        # transformers guesses the loss from the class's name and warns about GPT2LMHeadModel.
+        model.loss_type = "ForCausalLM"
     return model.train()
 
 

@@ -23,7 +23,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from slope import adapters_active, sparse_layers
+from slope import adapters_active
 from slope.training import checkpoint as checkpoints
 from slope.training import rng
 from slope.training.metrics import MetricsFile, Value
@@ -342,9 +342,6 @@ class RunLoop(pl.Callback):
                     sums[1] += count
         finally:
             pl_module.train()
-            for _, layer in sparse_layers(pl_module.model):
-                # A forward without gradients keeps the old column mask; the next step must not.
-                layer.invalidate()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
         total, count = sums.tolist()

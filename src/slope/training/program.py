@@ -100,9 +100,6 @@ def _run(
     data = prepare(cfg.datamodule, progress=first and bool(cfg.trainer.enable_progress_bar))
     rng.seed_all(int(cfg.seed))
     model = build_model(cfg.model, data.vocab_size, max_length, eos_token_id=data.eos_token_id)
-    if cfg.model.family != "bert" and getattr(model, "loss_type", "") is None:
-        # transformers guesses the loss from the class's name and warns about GPT2LMHeadModel.
-        model.loss_type = "ForCausalLM"
     settings = sparsity_config(cfg.pruner, model)
     report = slope.sparsity_report(model) if settings is None else slope.sparsify(model, settings)
     log.info("%s", report.summary())
