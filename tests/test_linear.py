@@ -586,3 +586,19 @@ def test_grad_scaler_and_clipping_see_ordinary_gradients(make_pair):
     expected = nn.utils.clip_grad_norm_(naive.parameters(), 0.1)
     assert norm.item() == pytest.approx(expected.item(), rel=1e-12)
     assert_close(layer.values.grad, oracle.kept_values(naive.weight.grad, naive.row))
+
+
+def test_code_that_reads_weight_is_told_what_to_do():
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    slope.sparsify(encoder)
+    encoder.eval()
+    x = torch.randn(2, 4, 16)
+    with torch.no_grad(), pytest.raises(AttributeError, match="to_dense.*set_fastpath_enabled"):
+        encoder(x)
+    assert not hasattr(encoder.linear1, "weight")
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            assert encoder(x).shape == x.shape
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)

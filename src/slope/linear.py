@@ -319,6 +319,15 @@ class SlopeLinear(nn.Module):
         super()._apply(fn, recurse)
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "SlopeLinear has no 'weight': the parameter is 'values', and to_dense() gives the "
+                "weight with zeros. If torch's fast path for nn.TransformerEncoder asked, call "
+                "torch.backends.mha.set_fastpath_enabled(False)."
+            )
+        return super().__getattr__(name)
+
     def extra_repr(self) -> str:
         """Shape and pattern, for ``print(model)``."""
         return (

@@ -31,7 +31,7 @@ def _top_n(scores: Tensor, pattern: NMPattern, dim: int) -> Tensor:
     ranks = [torch.full_like(entry, j, dtype=torch.uint8) for j, entry in enumerate(entries)]
     for i in range(pattern.m):
         for j in range(i + 1, pattern.m):
-            beaten = (entries[j] > entries[i]).view(torch.uint8)
+            beaten = (entries[j] > entries[i]).to(torch.uint8)
             ranks[i] += beaten
             ranks[j] -= beaten
     return torch.stack([rank < pattern.n for rank in ranks], dim + 1).view(scores.shape)
