@@ -28,8 +28,17 @@ def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The configurations that `slope.training.run` was called with."""
     called: list[Any] = []
-    monkeypatch.setattr(slope.training, "run", called.append, raising=False)
+
+    def run(cfg: Any) -> dict[str, Any]:
+        called.append(cfg)
+        return {"interrupted": True} if cfg.name == "interrupted" else {}
+
+    monkeypatch.setattr(slope.training, "run", run, raising=False)
     return called
+
+
+def test_interrupted_run_ends_with_the_shell_code_of_an_interrupt(runs: list[Any]) -> None:
+    assert cli.main(["train", "experiment=smoke", "name=interrupted"]) == 130
 
 
 def test_train_calls_the_program(runs: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
