@@ -38,8 +38,9 @@ types: .venv/.dev  ## check types (mypy)
 docs: .venv/.dev  ## bring the line numbers in README.md and docs/ up to date
 	$(BIN)/python docs/lines.py
 
-bench: .venv/.demo  ## measure a sparse against a dense training step on this machine
+bench: .venv/.demo  ## measure a sparse against a dense training step, and the program's overhead
 	$(BIN)/python benchmarks/cpu_step.py --output logs/cpu_step $(ARGS)
+	$(BIN)/python benchmarks/program_overhead.py --output logs/program_overhead
 
 clean:  ## remove .venv and caches; runs (logs/, checkpoints/) and token caches stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
