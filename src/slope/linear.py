@@ -346,7 +346,11 @@ def check_divides(in_features: int, out_features: int, pattern: NMPattern, name:
         if size % pattern.m:
             padded = size + -size % pattern.m
             where = f" (layer {name!r})" if name else ""
-            exclude = f"exclude it with skip=[{name!r}]" if name else "keep the layer dense"
+            exclude = (
+                f"exclude it with skip=[{name!r}] or rules=[[{name!r}, 'dense']]"
+                if name
+                else "keep the layer dense"
+            )
             raise ValueError(
                 f"{what}={size} is not divisible by m={pattern.m} of pattern {pattern}{where}; "
                 f"{exclude} or pad to {padded}."
