@@ -114,3 +114,55 @@ class DenseMaskedLinear(nn.Module):
         if self.active:
             y = y + (x @ self.down.T) @ self.up.T * self.scale
         return y
+
+
+# ---------------------------------------------------------------- the other pruning methods
+
+
+def largest_of_all(weight: Tensor, percent_zeros: float) -> Tensor:
+    """Unstructured mask: the largest magnitudes of the whole matrix; the first of equals wins."""
+    flat = weight.double().flatten().tolist()
+    kept = math.floor((100 - percent_zeros) * len(flat) / 100)
+    ranked = sorted(range(len(flat)), key=lambda i: (-abs(flat[i]), i))
+    keep = torch.zeros(len(flat), dtype=torch.bool)
+    keep[ranked[:kept]] = True
+    return keep.view(weight.shape)
+
+
+def token_keep(matrix: Tensor, kept: Tensor, n: int, m: int) -> Tensor:
+    """Of the kept entries, the n largest of every m consecutive rows; a ragged tail stays."""
+    whole = len(matrix) - len(matrix) % m
+    return torch.cat([column_keep(matrix[:whole], kept[:whole], n, m), kept[whole:]])
+
+
+def feature_keep(x: Tensor, n: int, m: int) -> Tensor:
+    """The n features of every m whose columns of x have the largest L2 norms, (I,)."""
+    norms = [math.sqrt(sum(v * v for v in column)) for column in x.double().t().tolist()]
+    return row_keep(torch.tensor([norms], dtype=torch.float64), n, m)[0]
+
+
+def static_products(x, weight, dy, keep, backward_keep):
+    """One static mask: Y = X W1^T, grad X = grad Y W2, grad W = (grad Y^T X) * mask."""
+    return x @ (weight * keep).T, dy @ (weight * backward_keep), (dy.T @ x) * keep
+
+
+def dynamic_weight_products(x, weight, dy, n, m, double_pruned):
+    """SR-STE: W^R in the forward, every weight gets its gradient."""
+    row = row_keep(weight, n, m)
+    column = column_keep(weight, row, n, m) if double_pruned else row
+    return x @ (weight * row).T, dy @ (weight * column), dy.T @ x
+
+
+def input_products(x, weight, dy, n, m, keep, along_tokens):
+    """Pruned inputs: the same mask on grad X; for grad W perhaps pruned along the tokens too."""
+    pruned = x * keep
+    again = x * token_keep(x, keep, n, m) if along_tokens else pruned
+    return pruned @ weight.T, (dy @ weight) * keep, dy.T @ again
+
+
+def output_grad_products(x, weight, dy, n, m, along_tokens):
+    """Pruned output gradients: along d_out for grad X, along the tokens or d_out for grad W."""
+    along_out = dy * row_keep(dy, n, m)
+    everything = torch.ones_like(dy, dtype=torch.bool)
+    other = dy * token_keep(dy, everything, n, m) if along_tokens else along_out
+    return x @ weight.T, along_out @ weight, other.T @ x

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import slope
-from slope.adapters import Adapter, resolve_rank
+from slope.adapters import _INITS, Adapter, resolve_rank
+from slope.config import ADAPTER_INITS
 
 
 def small_model(rank=4, **options):
@@ -154,3 +155,55 @@ def test_adapter_follows_dtype_and_autocast():
     model = small_model().bfloat16()
     slope.activate_adapters(model)
     assert model(torch.randn(2, 16).bfloat16()).dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- how down is drawn
+
+
+def test_every_initialisation_of_the_config_is_one_of_the_adapters_and_back():
+    assert tuple(_INITS) == ADAPTER_INITS
+    with pytest.raises(ValueError, match="'zeros'.*normal, kaiming, orthogonal"):
+        Adapter(16, 16, 4, init="zeros")
+
+
+@pytest.mark.parametrize("init", ADAPTER_INITS)
+def test_initialisation_depends_on_the_layers_own_generator_alone(init):
+    def downs(seed):
+        model = small_model(adapter_init=init, seed=seed)
+        return [layer.adapter.down.detach() for _, layer in slope.sparse_layers(model)]
+
+    first = downs(3)
+    torch.manual_seed(9)
+    assert all(torch.equal(a, b) for a, b in zip(first, downs(3), strict=True))
+    assert not torch.equal(first[0], downs(4)[0])
+    assert not Adapter(16, 16, 4, init=init).up.any()
+
+
+def test_kaiming_is_uniform_within_one_over_the_root_of_d_in_as_torch_draws_it():
+    down = Adapter(400, 64, 64, init="kaiming").down.detach()
+    reference = nn.init.kaiming_uniform_(torch.empty(64, 400), a=5**0.5)
+    assert down.abs().max() <= 1 / 20
+    assert down.abs().max() > 0.049
+    assert reference.abs().max() <= 1 / 20
+    assert down.mean().abs() < 1e-3
+    assert down.std().item() == pytest.approx(reference.std().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16])
+def test_orthogonal_rows_are_orthonormal_and_their_signs_are_open(rank):
+    adapters = [Adapter(16, 32, rank, init="orthogonal", dtype=torch.float64) for _ in range(20)]
+    for adapter in adapters:
+        down = adapter.down.detach()
+        torch.testing.assert_close(down @ down.T, torch.eye(rank, dtype=torch.float64))
+    positive = sum(bool(adapter.down[0, 0] > 0) for adapter in adapters)
+    assert 3 <= positive <= 17
+
+
+@pytest.mark.parametrize(("init", "square"), [("normal", 1), ("kaiming", 1 / 768),
+                                              ("orthogonal", 1 / 256)])  # fmt: skip
+def test_expected_square_of_a_component_is_as_documented(init, square):
+    x = torch.randn(256)
+    found = [(Adapter(256, 256, 64, init=init).down @ x).square() for _ in range(30)]
+    # 1,920 squares of about Gaussian components: standard error sqrt(2 / 1920) = 3.2 %.
+    expected = square * x.square().sum().item()
+    assert torch.cat(found).mean().item() == pytest.approx(expected, rel=0.13)

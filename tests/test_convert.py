@@ -11,6 +11,7 @@ from torch import nn
 
 import oracle
 import slope
+from slope.convert import pruned_layers
 
 
 class Block(nn.Module):
@@ -66,7 +67,8 @@ def sparse_names(model):
 
 
 def untouched(model):
-    return not any(isinstance(module, slope.SlopeLinear) for module in model.modules())
+    kinds = slope.SlopeLinear, slope.PrunedLinear
+    return not any(isinstance(module, kinds) for module in model.modules())
 
 
 # ---------------------------------------------------------------- what is converted
@@ -319,6 +321,72 @@ def test_other_bad_settings_are_refused():
         slope.SparsityConfig(skip="lm_head")
     with pytest.raises(ValueError, match="rule"):
         slope.SparsityConfig(rules=(("*", "2:4", "dense"),))
+    with pytest.raises(ValueError, match="method='sparse'.*static-weight, .*dynamic-output-grad"):
+        slope.SparsityConfig(method="sparse")
+    with pytest.raises(ValueError, match="adapter_init='zeros'.*normal, kaiming, orthogonal"):
+        slope.SparsityConfig(adapter_init="zeros")
+    for percent in (0, 100, -3, float("nan")):
+        with pytest.raises(ValueError, match=r"unstructured_sparsity=.*outside \(0, 100\).*60"):
+            slope.SparsityConfig(unstructured_sparsity=percent)
+    for decay in (-1e-4, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="srste_decay=.*at least 0"):
+            slope.SparsityConfig(method="dynamic-weight", srste_decay=decay)
+
+
+UNSTRUCTURED = {"unstructured_sparsity": 60}
+SENSELESS = [
+    (UNSTRUCTURED | {"method": "dynamic-input"},
+     "unstructured_sparsity=60 with method='dynamic-input'.*method='static-weight' or "),
+    (UNSTRUCTURED | {"mask": "random"},
+     "unstructured_sparsity=60 with mask='random'.*mask='magnitude' or "),
+    (UNSTRUCTURED | {"prune_backward": False},
+     "unstructured_sparsity=60 with prune_backward=False.*prune_backward=True or "),
+    (UNSTRUCTURED | {"rules": (("*.mlp", "2:8"),)},
+     r"unstructured_sparsity=60 with the rule \('\*\.mlp', '2:8'\).*'dense' in the rule or "),
+    ({"mask": "random", "method": "dynamic-weight"},
+     "mask='random' with method='dynamic-weight'.*mask='magnitude' or method='static-weight'"),
+    ({"mask": "transposable", "pattern": "4:8"},
+     "mask='transposable' with pattern 4:8.*2:4 or mask='magnitude'"),
+    ({"mask": "transposable", "rules": (("*", "2:8"),)},
+     "mask='transposable' with pattern 2:8.*2:4 or mask='magnitude'"),
+    ({"mask": "transposable", "reduction_dim": False},
+     "mask='transposable' with reduction_dim=False.*alike; choose reduction_dim=True or "),
+    ({"mask": "wanda", "reduction_dim": False},
+     "mask='wanda' with reduction_dim=False.*choose reduction_dim=True or mask='magnitude'"),
+    ({"mask_rescale": True},
+     "mask_rescale=True with mask='magnitude'.*mask='random' or mask_rescale=False"),
+    ({"srste_decay": 2e-4},
+     "srste_decay=0.0002 with method='static-weight'.*srste_decay=0, or .*'dynamic-weight'"),
+    ({"srste_decay": 2e-4, "method": "s-ste"}, "srste_decay=0.0002 with method='s-ste'"),
+    ({"mvue": False}, "mvue=False with method='static-weight'.*mvue=True or choose method='fst'"),
+    ({"method": "fst", "pattern": "2:8"}, "method='fst' with pattern 2:8.*2:4 or method="),
+    ({"method": "fst", "reduction_dim": False}, "reduction_dim=False with method='fst'.*=True"),
+    ({"method": "s-ste", "reduction_dim": False}, "reduction_dim=False with method='s-ste'"),
+    ({"method": "static-input", "prune_backward": False},
+     "prune_backward=False with method='static-input'.*prune_backward=True, or "),
+    ({"method": "dynamic-weight", "prune_backward": False, "reduction_dim": False},
+     "prune_backward=False with method='dynamic-weight' and reduction_dim=False.*one of the two"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), SENSELESS, ids=[str(o) for o, _ in SENSELESS])
+def test_options_that_have_no_meaning_together_name_both_and_what_to_choose(options, message):
+    with pytest.raises(ValueError, match=message):
+        slope.SparsityConfig(**options)
+
+
+def test_calibration_batches_are_for_wanda_and_wanda_needs_them():
+    model, batches = TinyModel(), [{"tokens": TOKENS}]
+    with pytest.raises(ValueError, match="mask='wanda' needs batches.*calibration=batches"):
+        slope.sparsify(model, slope.SparsityConfig(mask="wanda"))
+    with pytest.raises(ValueError, match="calibration with mask='magnitude'.*mask='wanda'"):
+        slope.sparsify(model, calibration=batches)
+    with torch.device("meta"):
+        empty = TinyModel()
+    with pytest.raises(ValueError, match="mask='wanda'.*meta device.*mask='magnitude'"):
+        slope.sparsify(empty, slope.SparsityConfig(mask="wanda"), batches)
+    assert untouched(model)
+    assert untouched(empty)
 
 
 def test_sparsifying_twice_is_refused():
@@ -416,3 +484,151 @@ def test_deepcopy_of_a_model_is_independent():
     for parameter in twin.parameters():
         parameter.data.add_(1.0)
     assert torch.equal(model(TOKENS), before)
+
+
+# ---------------------------------------------------------------- the other methods
+
+
+METHODS = {
+    "dynamic-weight": {"method": "dynamic-weight"},
+    "static along d_out": {"reduction_dim": False},
+    "unstructured": {"unstructured_sparsity": 50},
+    "static-input": {"method": "static-input"},
+    "dynamic-output-grad": {"method": "dynamic-output-grad"},
+    "fst": {"method": "fst"},
+    "s-ste": {"method": "s-ste"},
+}
+every_method = pytest.mark.parametrize("options", list(METHODS.values()), ids=list(METHODS))
+
+
+@every_method
+def test_the_same_layers_are_converted_whatever_the_method(options):
+    model, sparse = TinyModel(), TinyModel()
+    slope.sparsify(sparse)
+    slope.sparsify(model, slope.SparsityConfig(**options))
+    assert [name for name, _ in pruned_layers(model)] == sparse_names(sparse)
+    assert not sparse_names(model)
+    with pytest.raises(ValueError, match="sparse already.*densify"):
+        slope.sparsify(model)
+
+
+def test_report_of_a_dense_method_counts_every_weight_and_its_masks():
+    model = TinyModel()
+    before = sum(p.numel() for p in model.parameters())
+    report = slope.sparsify(model, slope.SparsityConfig(reduction_dim=False, adapter_rank=2))
+    assert len(report.sparse) == 9
+    assert report.parameters_dense == before
+    assert report.parameters_stored == sum(p.numel() for p in model.parameters())
+    numel = sum(layer.weight.numel() for _, layer in pruned_layers(model))
+    assert report.weight_bytes_dense_equivalent == 4 * numel
+    assert report.weight_bytes_sparse_layers == 5 * numel  # and one byte of mask each
+    assert all(layer.numel_stored == layer.numel_dense for layer in report.layers)
+    assert "9 of 13 linear layers (2:4, static-weight along d_out), " in report.summary()
+    assert "2:4      static-weight along d_out, adapter rank 2" in str(report)
+    assert slope.sparsity_report(model).sparse == report.sparse
+
+
+def test_report_of_an_unstructured_mask_shows_its_share():
+    report = slope.sparsify(TinyModel(), slope.SparsityConfig(unstructured_sparsity=62.5))
+    assert {layer.kind for layer in report.sparse} == {"62.5%"}
+    assert all(layer.pattern is None for layer in report.sparse)
+    assert "9 of 13 linear layers (62.5%, static-weight, unstructured), " in report.summary()
+    assert "62.5%    static-weight, unstructured" in str(report)
+    assert {layer.kind for layer in report.layers if layer.method is None} == {"dense"}
+
+
+def test_unstructured_masks_need_no_divisible_size():
+    model = nn.Sequential(nn.Linear(17, 19))
+    slope.sparsify(model, slope.SparsityConfig(unstructured_sparsity=50))
+    assert model[0].keep_mask.sum() == 17 * 19 // 2
+
+
+@every_method
+def test_densify_gives_back_the_forwards_weight(options):
+    model = TinyModel().eval()
+    classes = [type(module) for module in model.modules()]
+    slope.sparsify(model, slope.SparsityConfig(**options))
+    weights = {name: layer.to_dense() for name, layer in pruned_layers(model)}
+    before = model(TOKENS)
+    assert slope.densify(model) is model
+    assert untouched(model)
+    assert [type(module) for module in model.modules()] == classes
+    torch.testing.assert_close(model(TOKENS), before)
+    for name, weight in weights.items():
+        assert torch.equal(model.get_submodule(name).weight, weight)
+
+
+@every_method
+def test_compress_weights_ships_what_is_row_pruned_and_leaves_the_rest_dense(options):
+    model = TinyModel().eval()
+    slope.sparsify(model, slope.SparsityConfig(adapter_rank=2, **options))
+    slope.activate_adapters(model)
+    pruned = dict(pruned_layers(model))
+    for layer in pruned.values():
+        nn.init.normal_(layer.adapter.up, std=0.1)
+    before = model(TOKENS)
+    row_pruned = options.get("method") in ("dynamic-weight", "fst", "s-ste")
+    if not row_pruned:
+        with pytest.raises(ValueError, match=r"active adapter.*compress_weights\(model, fold"):
+            slope.compress_weights(model)
+        assert dict(pruned_layers(model)) == pruned, "nothing has been changed"
+    assert slope.compress_weights(model, fold_adapters=True) is model
+    assert not list(pruned_layers(model))
+    torch.testing.assert_close(model(TOKENS), before, rtol=1e-4, atol=1e-5)
+    compressed = dict(slope.sparse_layers(model))
+    assert set(compressed) == (set(pruned) if row_pruned else set())
+    for name, layer in compressed.items():
+        assert torch.equal(layer.to_dense(), pruned[name].to_dense())
+        assert torch.equal(layer.keep_mask(), pruned[name].masks()[0])
+        assert layer.adapter is pruned[name].adapter
+        assert layer.bias is pruned[name].bias
+        assert not layer.training
+
+
+def test_compress_weights_leaves_a_dense_phase_dense_and_frozen_weights_frozen():
+    model = TinyModel().requires_grad_(False)
+    slope.sparsify(model, slope.SparsityConfig(method="dynamic-weight"))
+    layer = model.layers[1].o_proj
+    layer.dense = True
+    weight = layer.weight.detach().clone()
+    slope.compress_weights(model)
+    assert type(model.layers[1].o_proj) is nn.Linear
+    assert torch.equal(model.layers[1].o_proj.weight, weight)
+    assert not model.layers[1].k_proj.values.requires_grad
+    with pytest.raises(ValueError, match="no PrunedLinear.*compressed already"):
+        slope.compress_weights(model)
+
+
+def test_compress_weights_of_shapes_alone():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 8))
+    slope.sparsify(model, slope.SparsityConfig(method="dynamic-weight"))
+    slope.compress_weights(model)
+    assert model[0].values.is_meta
+
+
+def test_a_method_converts_conv1d_and_rules_give_patterns():
+    model = gpt2()
+    rules = (("*.mlp", "2:8"), ("*.attn", "dense"))
+    report = slope.sparsify(model, slope.SparsityConfig(method="dynamic-weight", rules=rules))
+    assert {str(layer.pattern) for _, layer in pruned_layers(model)} == {"2:8"}
+    assert len(report.sparse) == 4
+    before = model(TOKENS).logits
+    slope.compress_weights(model)
+    assert {layer.origin for _, layer in slope.sparse_layers(model)} == {"Conv1D"}
+    torch.testing.assert_close(model(TOKENS).logits, before)
+
+
+def test_wanda_mask_is_the_row_mask_of_weight_times_feature_norm():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8))
+    weights = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
+    x = torch.randn(2, 5, 16) * torch.arange(1, 17)
+    features = [x.flatten(0, 1), torch.tanh(model[0](x)).detach().flatten(0, 1)]
+    batches = [{"input": part} for part in x.split(1)]
+    report = slope.sparsify(model, slope.SparsityConfig(mask="wanda"), batches)
+    assert len(report.sparse) == 2
+    for layer, weight, inputs in zip((model[0], model[2]), weights, features, strict=True):
+        keep = oracle.row_keep(weight * inputs.double().norm(dim=0), 2, 4)
+        assert torch.equal(layer.keep_mask(), keep)
+        assert torch.equal(layer.to_dense(), weight * keep)
+    assert not torch.equal(model[0].keep_mask(), oracle.row_keep(weights[0], 2, 4))

@@ -161,6 +161,46 @@ def test_the_stored_column_mask_is_kept_though_the_values_would_give_another(tmp
     assert not torch.equal(before, loaded.up.column_keep_mask())
 
 
+def test_an_exact_backward_comes_back_and_stays_exact(tmp_path):
+    model = sparse_mlp(prune_backward=False)
+    slope.save_pretrained(model, tmp_path / "out")
+    loaded = slope.load_pretrained(tmp_path / "out", model=Mlp())
+    assert_same_model(loaded, model)
+    loaded.up.refresh_column_mask()
+    assert torch.equal(loaded.up.column_keep_mask(), loaded.up.keep_mask())
+
+
+def test_an_export_written_before_that_option_is_read(tmp_path):
+    model = sparse_mlp()
+    slope.save_pretrained(model, tmp_path / "out")
+
+    def forget(description):
+        for entry in description["layers"].values():
+            del entry["prune_backward"]
+
+    edit_description(tmp_path / "out", forget)
+    loaded = slope.load_pretrained(tmp_path / "out", model=Mlp())
+    assert_same_model(loaded, model)
+    assert loaded.up.prune_backward
+
+
+def test_layers_of_other_methods_are_compressed_before_they_are_saved(tmp_path):
+    model = Mlp()
+    slope.sparsify(model, slope.SparsityConfig(method="dynamic-weight"))
+    expected = model(IDS)
+    match = r"'up' is a PrunedLinear \(method dynamic-weight\).*slope\.compress_weights\(model\)"
+    with pytest.raises(ValueError, match=match):
+        slope.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    slope.save_pretrained(slope.compress_weights(model), tmp_path / "out")
+    loaded = slope.load_pretrained(tmp_path / "out", model=Mlp())
+    torch.testing.assert_close(loaded(IDS), expected)
+    other = Mlp()
+    slope.sparsify(other, slope.SparsityConfig(method="dynamic-weight"))
+    with pytest.raises(ValueError, match=r"'up' of the model is a PrunedLinear.*dense model"):
+        slope.load_pretrained(tmp_path / "out", model=other)
+
+
 def test_a_kept_weight_that_is_zero_stays_kept(tmp_path):
     model = sparse_mlp()
     with torch.no_grad():

@@ -21,12 +21,14 @@ RANKS = {
     "backends": 3,
     "functional": 4,
     "linear": 5,
-    "convert": 6, "methods": 6,
-    "schedule": 7,
-    "integrations": 8,
-    "cli": 10,
+    "methods": 6,
+    "convert": 7,
+    "diagnostics": 8,
+    "schedule": 9,
+    "integrations": 10,
+    "cli": 12,
 }  # fmt: skip
-APPLICATION = 9
+APPLICATION = 11
 ALONE = {"adapters": {"torch"}, "config": {"torch", "slope.pattern"}}
 LIGHT = ("pattern", "masks", "compressed", "functional", "linear", "convert", "schedule")
 
@@ -78,10 +80,14 @@ def test_adapters_and_config_stand_alone(name):
         assert allowed, f"{name}.py imports {imported}"
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_importing_the_core_needs_only_torch(name):
+@pytest.mark.parametrize(
+    "path",
+    [*(PACKAGE / f"{name}.py" for name in LIGHT), *sorted((PACKAGE / "methods").glob("*.py"))],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_importing_the_core_needs_only_torch(path):
     allowed = {"torch", "slope", *sys.stdlib_module_names}
-    names = imported_names(PACKAGE / f"{name}.py", only_at_import=True)
+    names = imported_names(path, only_at_import=True)
     assert {imported.split(".")[0] for imported in names} <= allowed
 
 

@@ -602,3 +602,29 @@ def test_code_that_reads_weight_is_told_what_to_do():
             assert encoder(x).shape == x.shape
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+# ---------------------------------------------------------------- exact backward
+
+
+def test_layer_without_the_second_pruning_has_the_true_input_gradient():
+    linear = nn.Linear(32, 16, dtype=torch.float64)
+    layer = slope.SlopeLinear.from_linear(linear, prune_backward=False)
+    naive = oracle.DenseMaskedLinear(linear.weight, linear.bias, 2, 4)
+    naive.keep_all_columns()
+    compare(layer, naive, (7, 32))
+    x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "3:4"])  # K = 3, 6: bits that fill no whole byte
+def test_column_mask_of_an_exact_layer_is_all_ones_and_stays(text):
+    layer = slope.SlopeLinear.from_linear(nn.Linear(12, 8), pattern=text, prune_backward=False)
+    mask = layer.column_mask.clone()
+    assert torch.equal(layer.column_keep_mask(), layer.keep_mask())
+    for _ in range(2):
+        with torch.no_grad():
+            layer.values.normal_()
+        layer(torch.randn(2, 12)).sum().backward()
+        layer.refresh_column_mask()
+        assert torch.equal(layer.column_mask, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from fractions import Fraction
 from math import ceil
 
@@ -106,3 +107,80 @@ def test_model_without_sparse_layers_is_left_alone():
     model = nn.Linear(4, 4)
     slope.SlopeSchedule(10).apply(model, 9)
     assert not slope.adapters_active(model)
+
+
+def test_adapters_that_are_not_lazy_are_active_from_step_0():
+    schedule, model = slope.SlopeSchedule(20, lora_start=0.75, lora_lazy=False), model_of()
+    assert schedule.start_step == 0
+    schedule.apply(model, 0)
+    assert slope.adapters_active(model)
+
+
+def test_layers_of_a_method_rest_in_the_dense_last_phase():
+    model = nn.Sequential(nn.Linear(16, 16))
+    slope.sparsify(model, slope.SparsityConfig(method="fst"))
+    schedule = slope.SlopeSchedule(12, lora_start=None, dense_start=5 / 6)
+    seen = []
+    for step in range(12):
+        schedule.apply(model, step)
+        seen.append(model[0].dense)
+    assert seen == [False] * 10 + [True] * 2
+    schedule.apply(model, 3)
+    assert not model[0].dense
+
+
+@pytest.mark.parametrize("start", [0.0, -0.5, 1.01])
+def test_dense_start_outside_the_run_is_an_error(start):
+    with pytest.raises(ValueError, match=r"dense_start=.* is outside \(0, 1\]"):
+        slope.SlopeSchedule(10, dense_start=start)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_decay_is_added_once_per_optimizer_step_however_many_micro_batches(micro_batches):
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    slope.sparsify(model, slope.SparsityConfig(method="dynamic-weight", srste_decay=0.25))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = slope.SlopeSchedule(10, lora_start=None)
+    schedule.apply(model, 0)
+    for _ in range(micro_batches):
+        (model(torch.randn(4, 8)).sum() / micro_batches).backward()
+    layer = model[0]
+    plain = layer.weight.grad.clone()
+    pruned = ~slope.masks.row_keep_mask(layer.weight, layer.pattern)
+    schedule.before_optimizer_step(model, optimizer, 0)
+    torch.testing.assert_close(layer.weight.grad, plain + 0.25 * layer.weight.detach() * pruned)
+
+
+def test_the_lightning_callback_decays_before_clipping():
+    pl = pytest.importorskip("pytorch_lightning")
+    from slope.integrations.lightning import SlopeCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8, bias=False)
+            slope.sparsify(self, slope.SparsityConfig(method="dynamic-weight", srste_decay=1e6))
+            self.norms = []
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        def configure_gradient_clipping(self, optimizer, **_):
+            self.norms.append(self.layer.weight.grad.norm().item())
+
+    module = Module()
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", callbacks=[SlopeCallback(2, lora_start=None)],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accumulate_grad_batches=2,
+    )  # fmt: skip
+    with torch.no_grad():
+        pruned = ~slope.masks.row_keep_mask(module.layer.weight, module.layer.pattern)
+        expected = 1e6 * (module.layer.weight * pruned).norm().item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Lightning: no workers, LeafSpec
+        trainer.fit(module, torch.utils.data.DataLoader(torch.randn(4, 8), batch_size=1))
+    assert module.norms == pytest.approx([expected, expected], rel=1e-3)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         activate_adapters,
         adapter_parameters,
         adapters_active,
+        compress_weights,
         deactivate_adapters,
         densify,
         refresh_column_masks,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     )
     from slope.export import load_pretrained, save_pretrained
     from slope.linear import SlopeLinear
+    from slope.methods import PrunedLinear
     from slope.pattern import NMPattern
     from slope.schedule import SlopeSchedule
 
@@ -40,6 +42,7 @@ _HOME = {
     "Adapter": "adapters",
     "LayerReport": "convert",
     "NMPattern": "pattern",
+    "PrunedLinear": "methods",
     "SlopeLinear": "linear",
     "SlopeSchedule": "schedule",
     "SparsityConfig": "config",
@@ -47,6 +50,7 @@ _HOME = {
     "activate_adapters": "convert",
     "adapter_parameters": "convert",
     "adapters_active": "convert",
+    "compress_weights": "convert",
     "deactivate_adapters": "convert",
     "densify": "convert",
     "load_pretrained": "export",
@@ -56,12 +60,13 @@ _HOME = {
     "sparsify": "convert",
     "sparsity_report": "convert",
 }
-_MODULES = ("compressed", "export", "functional", "masks", "models", "schedule")
+_MODULES = ("compressed", "export", "functional", "masks", "methods", "models", "schedule")
 
 __all__ = [
     "Adapter",
     "LayerReport",
     "NMPattern",
+    "PrunedLinear",
     "SlopeLinear",
     "SlopeSchedule",
     "SparsityConfig",
@@ -69,6 +74,7 @@ __all__ = [
     "activate_adapters",
     "adapter_parameters",
     "adapters_active",
+    "compress_weights",
     "deactivate_adapters",
     "densify",
     "load_pretrained",

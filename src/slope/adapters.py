@@ -11,6 +11,24 @@ import torch
 from torch import Tensor, nn
 
 
+def _normal(rank: int, in_features: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(rank, in_features, generator=generator)
+
+
+def _kaiming(rank: int, in_features: int, generator: torch.Generator | None) -> Tensor:
+    return (torch.rand(rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
+
+
+def _orthogonal(rank: int, in_features: int, generator: torch.Generator | None) -> Tensor:
+    gauss = torch.randn(in_features, rank, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gauss)
+    # QR leaves the signs open; those of the diagonal make the rows uniform over all directions.
+    return (q * r.diagonal().sign()).t()
+
+
+_INITS = {"normal": _normal, "kaiming": _kaiming, "orthogonal": _orthogonal}
+
+
 class Adapter(nn.Module):
     """Low-rank term of one linear layer.
 
@@ -19,9 +37,13 @@ class Adapter(nn.Module):
         out_features: O.
         rank: R, from 1 to min(I, O).
         scale: factor of the product; None means 1/rank, as the authors' code has it.
-        generator: draws ``down`` from N(0, 1), on the CPU; None uses torch's default generator.
+        generator: draws ``down``, on the CPU; None uses torch's default generator.
         device: where the parameters live.
         dtype: of the parameters.
+        init: how ``down`` is drawn. ``"normal"``: N(0, 1), as the authors' code has it, so that the
+            square of each component of X downᵀ is ‖x‖² on average. ``"kaiming"``: uniform in
+            ±1/√I, as LoRA's (arXiv:2106.09685) and PEFT's ``kaiming_uniform_(a=√5)``; on average
+            ‖x‖²/(3 I). ``"orthogonal"``: orthonormal rows, uniformly random; on average ‖x‖²/I.
 
     Attributes:
         down: parameter (R, I), random.
@@ -29,7 +51,7 @@ class Adapter(nn.Module):
         active: False while dormant.
 
     Raises:
-        ValueError: if the rank does not fit the layer.
+        ValueError: if the rank does not fit the layer, or the initialisation is unknown.
     """
 
     def __init__(
@@ -41,6 +63,7 @@ class Adapter(nn.Module):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        init: str = "normal",
     ) -> None:
         super().__init__()
         largest = min(in_features, out_features)
@@ -49,6 +72,10 @@ class Adapter(nn.Module):
                 f"adapter rank {rank} does not fit a layer of {out_features} x {in_features}; "
                 f"choose lora_rank from 1 to {largest}."
             )
+        if init not in _INITS:
+            raise ValueError(
+                f"adapter init {init!r} is unknown; choose one of {', '.join(_INITS)}."
+            )
         self.rank = rank
         self.scale = 1.0 / rank if scale is None else float(scale)
         self.active = False
@@ -56,7 +83,7 @@ class Adapter(nn.Module):
         self.up = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         if self.down.device.type != "meta":
             with torch.no_grad():
-                self.down.copy_(torch.randn(rank, in_features, generator=generator))
+                self.down.copy_(_INITS[init](rank, in_features, generator))
 
     def forward(self, x: Tensor) -> Tensor:
         """The term added to the layer's output: (..., I) -> (..., O)."""

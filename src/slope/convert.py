@@ -1,8 +1,9 @@
 """Turn any model sparse in place, and back; say what was done and why.
 
-``sparsify`` replaces ``nn.Linear`` and transformers' ``Conv1D`` by :class:`slope.SlopeLinear`.
-Dense by default: embeddings and norms (no linear layers), tied weights, the output head, and the
-first linear layer after the embedding, block 0's QKV (arXiv:2405.16325, section 3).
+``sparsify`` replaces ``nn.Linear`` and transformers' ``Conv1D`` by :class:`slope.SlopeLinear`, and
+by :class:`slope.PrunedLinear` for the methods that SLoPe is compared with. Dense by default:
+embeddings and norms (no linear layers), tied weights, the output head, and the first linear layer
+after the embedding, block 0's QKV (arXiv:2405.16325, section 3).
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import difflib
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slope.adapters import Adapter, resolve_rank
 from slope.config import SparsityConfig
-from slope.linear import SlopeLinear, check_divides, dense_weight
-from slope.masks import random_row_keep_mask, row_keep_mask
+from slope.linear import AdaptedLinear, SlopeLinear, check_divides, dense_weight
+from slope.masks import random_row_keep_mask, row_keep_mask, transposable_keep_mask
+from slope.methods import Method, PrunedLinear, make_method
 from slope.pattern import NMPattern
 
 _QKV_NAMES = {
@@ -28,6 +31,7 @@ _QKV_NAMES = {
     "query_key_value", "qkv", "wqkv", "in_proj", "wq", "wk", "wv",
 }  # fmt: skip
 _HEAD_NAMES = {"lm_head", "embed_out", "output_head", "head"}
+_SLOPE = "slope"
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,16 @@ class LayerReport:
         name: module path.
         in_features: d_in.
         out_features: d_out.
-        pattern: its N:M pattern, or None if it stayed dense.
+        pattern: its N:M pattern, or None if it stayed dense or its mask is unstructured.
         reason: why it stayed dense, or None.
         numel_dense: weights before.
-        numel_stored: weights stored now, adapters not counted.
+        numel_stored: weights stored now, adapters not counted. The methods that SLoPe is compared
+            with store all.
         bytes_dense: bytes of the dense weight in its dtype.
-        bytes_stored: bytes of values, metadata and column mask.
+        bytes_stored: bytes of values, metadata and column mask, or of weight and masks.
         rank: of its adapter, 0 without.
+        method: what prunes it, or None if it stayed dense.
+        sparsity: percent of zeros of an unstructured mask, else None.
     """
 
     name: str
@@ -57,6 +64,25 @@ class LayerReport:
     bytes_dense: int
     bytes_stored: int
     rank: int = 0
+    method: str | None = None
+    sparsity: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """``"2:4"``, ``"50%"`` for an unstructured mask, or ``"dense"``."""
+        if self.sparsity is not None:
+            return f"{self.sparsity:g}%"
+        return str(self.pattern or "dense")
+
+    @property
+    def note(self) -> str:
+        """Why it stayed dense; else its method, if it is not SLoPe, and its adapter."""
+        if self.reason:
+            return self.reason
+        notes = [] if self.method in (None, _SLOPE) else [str(self.method)]
+        if self.rank:
+            notes.append(f"adapter rank {self.rank}")
+        return ", ".join(notes)
 
 
 @dataclass(frozen=True)
@@ -75,12 +101,12 @@ class SparsityReport:
 
     @property
     def sparse(self) -> list[LayerReport]:
-        """The sparse layers."""
-        return [layer for layer in self.layers if layer.pattern is not None]
+        """The sparse layers, of whatever method."""
+        return [layer for layer in self.layers if layer.method is not None]
 
     @property
     def weight_bytes_sparse_layers(self) -> int:
-        """Bytes of values, metadata and column masks of the sparse layers."""
+        """Bytes of weights and masks of the sparse layers, in the form they are stored in."""
         return sum(layer.bytes_stored for layer in self.sparse)
 
     @property
@@ -90,9 +116,11 @@ class SparsityReport:
 
     def summary(self) -> str:
         """One line: how many layers, which patterns, how many parameters."""
-        patterns = ", ".join(sorted({str(layer.pattern) for layer in self.sparse})) or "none"
+        kinds = sorted({layer.kind for layer in self.sparse}) or ["none"]
+        kinds += sorted({str(layer.method) for layer in self.sparse} - {_SLOPE})
         return (
-            f"sparsified {len(self.sparse)} of {len(self.layers)} linear layers ({patterns}), "
+            f"sparsified {len(self.sparse)} of {len(self.layers)} linear layers "
+            f"({', '.join(kinds)}), "
             f"{_count(self.parameters_dense)} -> {_count(self.parameters_stored)} parameters"
         )
 
@@ -101,30 +129,34 @@ class SparsityReport:
         lines = [self.summary(), f"  {'layer':<{width}}  {'d_out x d_in':>14}  pattern  note"]
         for layer in self.layers:
             shape = f"{layer.out_features} x {layer.in_features}"
-            note = layer.reason or (f"adapter rank {layer.rank}" if layer.rank else "")
-            pattern = layer.pattern or "dense"
-            lines.append(f"  {layer.name:<{width}}  {shape:>14}  {pattern!s:<7}  {note}".rstrip())
+            row = f"  {layer.name:<{width}}  {shape:>14}  {layer.kind:<7}  {layer.note}"
+            lines.append(row.rstrip())
         return "\n".join(lines)
 
 
-def sparsify(model: nn.Module, config: SparsityConfig | None = None) -> SparsityReport:
+def sparsify(
+    model: nn.Module,
+    config: SparsityConfig | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+) -> SparsityReport:
     """Make the linear layers of ``model`` sparse, in place; call before making the optimizer.
 
     Args:
         model: any module with ``nn.Linear`` or transformers' ``Conv1D`` layers; may be on the meta
             device, then only shapes are converted.
         config: settings; None takes 2:4 without adapters.
+        calibration: for ``mask="wanda"`` alone: batches, each called as ``model(**batch)``.
 
     Returns:
         A report that names every linear layer and why it stayed dense.
 
     Raises:
         ValueError: if no layer matched, a skip pattern or rule matches nothing, a size is not
-            divisible by m, an adapter's rank does not fit, or the model is sparse already. Nothing
-            has been changed then.
+            divisible by m, an adapter's rank does not fit, calibration batches are missing or not
+            wanted, or the model is sparse already. Nothing has been changed then.
     """
     config = config or SparsityConfig()
-    if any(True for _ in sparse_layers(model)):
+    if any(True for _ in adapted_layers(model)):
         raise ValueError(
             "the model is sparse already; call slope.densify(model) first to sparsify it anew."
         )
@@ -133,6 +165,7 @@ def sparsify(model: nn.Module, config: SparsityConfig | None = None) -> Sparsity
             "a bare linear layer cannot be replaced in place; write "
             "layer = slope.SlopeLinear.from_linear(layer)."
         )
+    _check_calibration(model, config, calibration)
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     _check_patterns_match(model, config)
     plan = {name: _decide(model, name, module, config) for name, module in linears.items()}
@@ -148,18 +181,33 @@ def sparsify(model: nn.Module, config: SparsityConfig | None = None) -> Sparsity
     for name, pattern in chosen.items():
         weight = dense_weight(linears[name])
         out_features, in_features = weight.shape
-        check_divides(in_features, out_features, pattern, name)
+        if config.unstructured_sparsity is None:
+            check_divides(in_features, out_features, pattern, name)
         if weight.device.type != "meta" and torch.isnan(weight).any():
             raise ValueError(f"the weight of layer {name!r} holds NaN; initialise it first.")
         if config.adapter_rank:
             _check_rank(config.adapter_rank, in_features, out_features, name)
+    norms: dict[str, Tensor] = {}
+    if calibration is not None:
+        from slope.methods.wanda import wanda_scores
+
+        norms = wanda_scores(model, {name: linears[name] for name in chosen}, calibration)
+    masks = {
+        name: _static_mask(name, linears[name], pattern, config, norms.get(name))
+        for name, pattern in chosen.items()
+    }
+    method = None if config.compressed else make_method(config)
     for name, pattern in chosen.items():
-        _replace(model, name, _sparse_from(name, linears[name], pattern, config))
+        new = _sparse_from(name, linears[name], pattern, config, method, masks[name])
+        _replace(model, name, new)
     return _report(model, {name: reason for name, (_, reason) in plan.items()})
 
 
 def densify(model: nn.Module, fold_adapters: bool = False) -> nn.Module:
-    """Replace every :class:`SlopeLinear` by the dense layer it came from, with zeros; in place.
+    """Replace every sparse layer by the dense one it came from, with zeros; in place.
+
+    A :class:`slope.PrunedLinear` leaves the weight of its forward. What its method pruned of inputs
+    and gradients is not in a weight, so a layer of those methods then reads the whole input.
 
     Args:
         model: a sparse model.
@@ -172,17 +220,48 @@ def densify(model: nn.Module, fold_adapters: bool = False) -> nn.Module:
     Raises:
         ValueError: if the model has no sparse layers, or an active adapter would be lost.
     """
-    layers = list(sparse_layers(model))
+    layers = list(adapted_layers(model))
     if not layers:
-        raise ValueError("densify() found no SlopeLinear; the model is dense already.")
-    for name, layer in layers:
-        if layer.adapter is not None and layer.adapter.active and not fold_adapters:
-            raise ValueError(
-                f"layer {name!r} has an active adapter that a dense layer would lose; call "
-                "densify(model, fold_adapters=True)."
-            )
+        raise ValueError(
+            "densify() found neither SlopeLinear nor PrunedLinear; the model is dense already."
+        )
+    if not fold_adapters:
+        _check_no_active_adapter(layers, "densify")
     for name, layer in layers:
         _replace(model, name, _dense_from(layer))
+    return model
+
+
+def compress_weights(model: nn.Module, fold_adapters: bool = False) -> nn.Module:
+    """Replace every :class:`slope.PrunedLinear` by what is to be shipped after training; in place.
+
+    A layer whose forward weight is n:m along d_in becomes a :class:`slope.SlopeLinear` of that mask
+    and keeps its adapter. Any other becomes the dense layer it came from, as by :func:`densify`:
+    the methods that prune inputs or gradients, masks along d_out or without a pattern, and layers
+    in their dense last phase.
+
+    Args:
+        model: a model sparsified with another method than SLoPe's.
+        fold_adapters: add active adapters into the weights that become dense; else such an adapter
+            is an error, since dropping it would change the outputs.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the model has no such layer, or an active adapter would be lost.
+    """
+    layers = list(pruned_layers(model))
+    if not layers:
+        raise ValueError(
+            "compress_weights() found no PrunedLinear; SlopeLinear is compressed already."
+        )
+    to_dense = [(name, layer) for name, layer in layers if not _compressible(layer)]
+    if not fold_adapters:
+        _check_no_active_adapter(to_dense, "compress_weights")
+    for name, layer in layers:
+        new = _compressed_from(layer) if _compressible(layer) else _dense_from(layer)
+        _replace(model, name, new)
     return model
 
 
@@ -193,6 +272,27 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SlopeLinear]]:
             yield name, module
 
 
+def pruned_layers(model: nn.Module) -> Iterator[tuple[str, PrunedLinear]]:
+    """(name, layer) of every :class:`slope.PrunedLinear`, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, PrunedLinear):
+            yield name, module
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """(name, layer) of every sparse layer, compressed or not, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            yield name, module
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """(name, layer) of every sparse layer that has an adapter, in the model's order."""
+    for name, layer in adapted_layers(model):
+        if layer.adapter is not None:
+            yield name, layer
+
+
 def sparsity_report(model: nn.Module) -> SparsityReport:
     """Report on a model as it is, sparse or dense."""
     return _report(model, {})
@@ -200,9 +300,9 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
 
 def adapters(model: nn.Module) -> Iterator[Adapter]:
     """Every adapter of the model."""
-    for _, layer in sparse_layers(model):
-        if layer.adapter is not None:
-            yield layer.adapter
+    for _, layer in adapter_layers(model):
+        assert layer.adapter is not None
+        yield layer.adapter
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -326,31 +426,118 @@ def _check_rank(rank: int | float, in_features: int, out_features: int, name: st
         )
 
 
-def _sparse_from(
-    name: str, linear: nn.Module, pattern: NMPattern, config: SparsityConfig
-) -> SlopeLinear:
+def _check_calibration(model: nn.Module, config: SparsityConfig, calibration: Any) -> None:
+    if config.mask != "wanda":
+        if calibration is not None:
+            raise ValueError(
+                f"calibration with mask={config.mask!r} has no meaning: only Wanda masks read "
+                "batches; choose mask='wanda' or leave calibration away."
+            )
+        return
+    if calibration is None:
+        raise ValueError(
+            "mask='wanda' needs batches to measure the inputs' norms: "
+            "sparsify(model, config, calibration=batches), each called as model(**batch)."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "mask='wanda' cannot calibrate a model on the meta device, which holds no weights; "
+            "load them first, or choose mask='magnitude'."
+        )
+
+
+def _static_mask(
+    name: str,
+    linear: nn.Module,
+    pattern: NMPattern,
+    config: SparsityConfig,
+    norms: Tensor | None,
+) -> Tensor | None:
+    """Mask (O, I) that the options ask for; None if the layer or its method is to choose."""
     weight = dense_weight(linear)
-    keep_mask: Tensor | None = None
-    if weight.device.type != "meta":
-        if config.mask == "random":
-            generator = layer_generator(config.seed, name, "mask")
-            shape = (weight.shape[0], weight.shape[1])
-            keep_mask = random_row_keep_mask(shape, pattern, generator).to(weight.device)
+    if weight.device.type == "meta":
+        return None
+    if config.mask == "random":
+        generator = layer_generator(config.seed, name, "mask")
+        rows, columns = weight.shape
+        if config.reduction_dim:
+            keep_mask = random_row_keep_mask((rows, columns), pattern, generator)
         else:
-            keep_mask = row_keep_mask(weight, pattern)
-    layer = SlopeLinear.from_linear(
-        linear, keep_mask, pattern, config.column_mask_interval, config.backend
-    )
+            keep_mask = random_row_keep_mask((columns, rows), pattern, generator).t()
+        return keep_mask.contiguous().to(weight.device)
+    if config.mask == "transposable":
+        return transposable_keep_mask(weight, pattern)
+    if config.mask == "wanda":
+        assert norms is not None
+        return row_keep_mask(weight.abs() * norms.to(weight), pattern)
+    return None
+
+
+def _sparse_from(
+    name: str,
+    linear: nn.Module,
+    pattern: NMPattern,
+    config: SparsityConfig,
+    method: Method | None,
+    keep_mask: Tensor | None,
+) -> AdaptedLinear:
+    layer: AdaptedLinear
+    if method is None:
+        layer = SlopeLinear.from_linear(
+            linear,
+            keep_mask,
+            pattern,
+            config.column_mask_interval,
+            config.backend,
+            config.prune_backward,
+        )
+    else:
+        layer = PrunedLinear(linear, method, pattern, keep_mask)
+    if config.mask_rescale:
+        with torch.no_grad():
+            layer.stored().mul_((pattern.m / pattern.n) ** 0.5)
     if config.adapter_rank:
         layer.add_adapter(
             resolve_rank(config.adapter_rank, layer.in_features),
             config.adapter_scale,
             layer_generator(config.seed, name, "adapter"),
+            config.adapter_init,
         )
     return layer
 
 
-def _dense_from(layer: SlopeLinear) -> nn.Module:
+def _check_no_active_adapter(layers: Iterable[tuple[str, AdaptedLinear]], caller: str) -> None:
+    for name, layer in layers:
+        if layer.adapter is not None and layer.adapter.active:
+            raise ValueError(
+                f"layer {name!r} has an active adapter that a dense layer would lose; call "
+                f"{caller}(model, fold_adapters=True)."
+            )
+
+
+def _compressible(layer: PrunedLinear) -> bool:
+    return layer.method.row_pruned and not layer.dense
+
+
+def _compressed_from(layer: PrunedLinear) -> SlopeLinear:
+    keep_mask, _ = layer.masks()
+    compressed = SlopeLinear(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        pattern=layer.pattern,
+        device="meta",
+        dtype=layer.weight.dtype,
+    )
+    if not layer.weight.is_meta:
+        compressed.to_empty_sparse(layer.weight.device)
+        compressed.set_dense(layer.to_dense(), keep_mask)
+    compressed.values.requires_grad_(layer.weight.requires_grad)
+    compressed.origin, compressed.bias, compressed.adapter = layer.origin, layer.bias, layer.adapter
+    return compressed.train(layer.training)
+
+
+def _dense_from(layer: AdaptedLinear) -> nn.Module:
     weight = layer.to_dense()
     if layer.adapter is not None and layer.adapter.active:
         weight = weight + layer.adapter.delta().detach()
@@ -365,7 +552,7 @@ def _dense_from(layer: SlopeLinear) -> nn.Module:
         linear = nn.Linear(
             layer.in_features, layer.out_features, layer.bias is not None, device="meta"
         )
-    linear.weight = nn.Parameter(weight, requires_grad=layer.values.requires_grad)
+    linear.weight = nn.Parameter(weight, requires_grad=layer.stored().requires_grad)
     linear.bias = layer.bias
     return linear.train(layer.training)
 
@@ -378,24 +565,8 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
 def _report(model: nn.Module, reasons: dict[str, str | None]) -> SparsityReport:
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, SlopeLinear):
-            values = module.values
-            numel = module.in_features * module.out_features
-            stored = values.numel() * values.element_size()
-            layers.append(
-                LayerReport(
-                    name=name,
-                    in_features=module.in_features,
-                    out_features=module.out_features,
-                    pattern=module.pattern,
-                    reason=None,
-                    numel_dense=numel,
-                    numel_stored=values.numel(),
-                    bytes_dense=numel * values.element_size(),
-                    bytes_stored=stored + module.metadata.numel() + module.column_mask.numel(),
-                    rank=module.adapter.rank if module.adapter is not None else 0,
-                )
-            )
+        if isinstance(module, AdaptedLinear):
+            layers.append(_report_sparse(name, module))
         elif _is_linear(module):
             weight = dense_weight(module)
             size = weight.numel() * weight.element_size()
@@ -416,6 +587,28 @@ def _report(model: nn.Module, reasons: dict[str, str | None]) -> SparsityReport:
     adapter_total = sum(parameter.numel() for parameter in adapter_parameters(model))
     saved = sum(layer.numel_dense - layer.numel_stored for layer in layers)
     return SparsityReport(tuple(layers), total - adapter_total + saved, total)
+
+
+def _report_sparse(name: str, layer: AdaptedLinear) -> LayerReport:
+    stored = layer.stored()
+    numel = layer.in_features * layer.out_features
+    masks = sum(b.numel() * b.element_size() for b in layer.buffers(recurse=False))
+    method = layer.method if isinstance(layer, PrunedLinear) else None
+    sparsity = method.sparsity if method is not None else None
+    return LayerReport(
+        name=name,
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        pattern=layer.pattern if sparsity is None else None,
+        reason=None,
+        numel_dense=numel,
+        numel_stored=stored.numel(),
+        bytes_dense=numel * stored.element_size(),
+        bytes_stored=stored.numel() * stored.element_size() + masks,
+        rank=layer.adapter.rank if layer.adapter is not None else 0,
+        method=method.note if method is not None else _SLOPE,
+        sparsity=sparsity,
+    )
 
 
 def _count(number: int) -> str:

@@ -77,7 +77,84 @@ class _OperandCache:
         )
 
 
-class SlopeLinear(nn.Module):
+class AdaptedLinear(nn.Module):
+    """What the sparse layers have in common: shape, pattern, bias, and a low-rank adapter.
+
+    Attributes:
+        in_features: I.
+        out_features: O.
+        pattern: N:M pattern.
+        origin: what densify() gives back: "Linear", or "Conv1D" of transformers (transposed
+            weight).
+        bias: parameter (O,) or None.
+        adapter: :class:`slope.Adapter` or None.
+    """
+
+    in_features: int
+    out_features: int
+    pattern: NMPattern
+    origin: str
+    bias: nn.Parameter | None
+    adapter: Adapter | None
+
+    def stored(self) -> nn.Parameter:
+        """The parameter that holds the weights."""
+        raise NotImplementedError
+
+    def to_dense(self) -> Tensor:
+        """The forward's weight as a detached (O, I) tensor with zeros; the adapter is not in it."""
+        raise NotImplementedError
+
+    def add_adapter(
+        self,
+        rank: int,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+        init: str = "normal",
+    ) -> None:
+        """Attach a dormant adapter; the arguments are those of :class:`slope.Adapter`.
+
+        Raises:
+            ValueError: if the rank does not fit the layer, or the initialisation is unknown.
+        """
+        stored = self.stored()
+        self.adapter = Adapter(
+            self.in_features,
+            self.out_features,
+            rank,
+            scale,
+            generator,
+            device=stored.device,
+            dtype=stored.dtype,
+            init=init,
+        )
+
+    def _in_call_dtype(self, x: Tensor, what: str) -> Tensor:
+        """``x`` in the dtype of the products: autocast's, else the one it shares with the layer."""
+        dtype = self.stored().dtype
+        if torch.is_autocast_enabled(x.device.type):
+            return x.to(torch.get_autocast_dtype(x.device.type))
+        if x.dtype != dtype:
+            raise RuntimeError(
+                f"input is {x.dtype} but {what} are {dtype}; cast one of them or use "
+                "torch.autocast."
+            )
+        return x
+
+    def _with_adapter(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.adapter is not None and self.adapter.active:
+            return y + self.adapter(x)
+        return y
+
+    def extra_repr(self) -> str:
+        """Shape and pattern, for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, pattern={self.pattern}"
+        )
+
+
+class SlopeLinear(AdaptedLinear):
     """Linear layer with an N:M sparse weight, forward and backward.
 
     Args:
@@ -90,6 +167,8 @@ class SlopeLinear(nn.Module):
         backend: ``"auto"`` or a backend's name.
         device: of parameters and buffers.
         dtype: of ``values`` and ``bias``.
+        prune_backward: False leaves W^{R,C} = W^R, so that the input gradient is exact; the column
+            mask is all ones and never refreshed.
 
     Attributes:
         values: parameter (O, K), K = I*n/m: the kept weights, row-major.
@@ -106,8 +185,6 @@ class SlopeLinear(nn.Module):
     values: nn.Parameter
     metadata: Tensor
     column_mask: Tensor
-    bias: nn.Parameter | None
-    adapter: Adapter | None
 
     def __init__(
         self,
@@ -119,14 +196,15 @@ class SlopeLinear(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        prune_backward: bool = True,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.pattern = NMPattern.parse(pattern)
         self.column_mask_interval = column_mask_interval
+        self.prune_backward = prune_backward
         self._backend: Backend = get_backend(backend)
-        # What densify() gives back: "Linear", or "Conv1D" of transformers (transposed weight).
         self.origin = "Linear"
         check_divides(in_features, out_features, self.pattern)
         kept = self.pattern.kept(in_features)
@@ -165,6 +243,7 @@ class SlopeLinear(nn.Module):
         pattern: NMPattern | str = "2:4",
         column_mask_interval: int = 1,
         backend: str = "auto",
+        prune_backward: bool = True,
     ) -> SlopeLinear:
         """Convert ``nn.Linear``, or ``Conv1D`` of transformers, whose weight is transposed.
 
@@ -174,6 +253,7 @@ class SlopeLinear(nn.Module):
             pattern: N:M pattern.
             column_mask_interval: as for the class.
             backend: as for the class.
+            prune_backward: as for the class.
 
         Raises:
             ValueError: if the pattern does not divide the layer, or the mask breaks it.
@@ -188,6 +268,7 @@ class SlopeLinear(nn.Module):
             backend=backend,
             device="meta",
             dtype=weight.dtype,
+            prune_backward=prune_backward,
         )
         layer.origin = type(linear).__name__
         layer.train(linear.training)
@@ -222,6 +303,9 @@ class SlopeLinear(nn.Module):
 
         Call at a step boundary, never between a forward and its backward.
         """
+        if not self.prune_backward:
+            self.column_mask.copy_(pack_bits(torch.ones_like(self.values, dtype=torch.bool)))
+            return
         columns = column_indices(self.metadata, self.pattern, self.in_features)
         survives = survivors(self.values.detach(), columns, self.in_features, self.pattern)
         self.column_mask.copy_(pack_bits(survives))
@@ -235,43 +319,18 @@ class SlopeLinear(nn.Module):
         survives = unpack_bits(self.column_mask, self.values.shape[1])
         return decompress(survives, self.metadata, self.pattern, self.in_features)
 
+    def stored(self) -> nn.Parameter:
+        """The kept values."""
+        return self.values
+
     def to_dense(self) -> Tensor:
         """W^R as a detached (O, I) tensor with zeros; the adapter is not in it."""
         return decompress(self.values.detach(), self.metadata, self.pattern, self.in_features)
 
-    def add_adapter(
-        self,
-        rank: int,
-        scale: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Attach a dormant adapter.
-
-        Raises:
-            ValueError: if the rank does not fit the layer.
-        """
-        self.adapter = Adapter(
-            self.in_features,
-            self.out_features,
-            rank,
-            scale,
-            generator,
-            device=self.values.device,
-            dtype=self.values.dtype,
-        )
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O); under autocast in its dtype, else x and values share theirs."""
-        dtype = self.values.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x = x.to(dtype)
-        elif x.dtype != dtype:
-            raise RuntimeError(
-                f"input is {x.dtype} but values are {dtype}; cast one of them or use "
-                "torch.autocast."
-            )
-        bias = None if self.bias is None else self.bias.to(dtype)
+        x = self._in_call_dtype(x, "values")
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         y = slope_linear(
             x,
             self.values,
@@ -280,11 +339,9 @@ class SlopeLinear(nn.Module):
             self.column_mask,
             self.pattern,
             self._backend,
-            self._prepare(dtype),
+            self._prepare(x.dtype),
         )
-        if self.adapter is not None and self.adapter.active:
-            y = y + self.adapter(x)
-        return y
+        return self._with_adapter(x, y)
 
     def _prepare(self, dtype: torch.dtype) -> Operands | None:
         """Refresh what has gone stale; the expanded operands on the CPU, None elsewhere.
@@ -294,7 +351,9 @@ class SlopeLinear(nn.Module):
         """
         # Interval 1 makes the column mask a function of the values: chosen again whenever these are
         # expanded anew, in evaluation too, so that no forward finds operands with an older mask.
-        refresh = self.column_mask_interval == 1 and self.values.requires_grad
+        refresh = (
+            self.column_mask_interval == 1 and self.prune_backward and self.values.requires_grad
+        )
         if torch.compiler.is_compiling() or self.values.device.type != "cpu":
             if refresh and torch.is_grad_enabled():
                 self.refresh_column_mask()
@@ -327,13 +386,6 @@ class SlopeLinear(nn.Module):
                 "torch.backends.mha.set_fastpath_enabled(False)."
             )
         return super().__getattr__(name)
-
-    def extra_repr(self) -> str:
-        """Shape and pattern, for ``print(model)``."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, pattern={self.pattern}"
-        )
 
 
 def check_divides(in_features: int, out_features: int, pattern: NMPattern, name: str = "") -> None:

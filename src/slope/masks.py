@@ -5,6 +5,9 @@ A mask is a ``keep_mask``: boolean, True where kept. Shape letters: O = d_out, I
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -16,10 +19,15 @@ __all__ = [
     "random_row_keep_mask",
     "row_keep_mask",
     "survivors",
+    "top_n",
+    "transposable_keep_mask",
 ]
 
+# An exact search compares this many tiles with all patterns at once.
+_TILES_AT_ONCE = 1 << 16
 
-def _top_n(scores: Tensor, pattern: NMPattern, dim: int) -> Tensor:
+
+def top_n(scores: Tensor, pattern: NMPattern, dim: int) -> Tensor:
     """True for the n highest of each group of m along ``dim``; of equals the first wins.
 
     Each entry's rank is the number of entries of its group that beat it. Counting comparisons is
@@ -60,7 +68,7 @@ def row_keep_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
     _check_divides(weight.shape[1], pattern, "in_features")
     if torch.isnan(weight).any():
         raise ValueError("the weight holds NaN, so magnitudes cannot be ranked; initialise it.")
-    return _top_n(weight.detach().abs(), pattern, dim=1)
+    return top_n(weight.detach().abs(), pattern, dim=1)
 
 
 def random_row_keep_mask(
@@ -81,7 +89,7 @@ def random_row_keep_mask(
     """
     _check_divides(shape[1], pattern, "in_features")
     scores = torch.rand(shape, generator=generator, dtype=torch.float64)
-    return _top_n(scores, pattern, dim=1)
+    return top_n(scores, pattern, dim=1)
 
 
 def column_keep_mask(w_r: Tensor, keep_mask: Tensor, pattern: NMPattern) -> Tensor:
@@ -105,7 +113,7 @@ def column_keep_mask(w_r: Tensor, keep_mask: Tensor, pattern: NMPattern) -> Tens
     """
     _check_divides(w_r.shape[0], pattern, "out_features")
     scores = torch.where(keep_mask, w_r.detach().abs(), -1.0)
-    return _top_n(scores, pattern, dim=0) & keep_mask
+    return top_n(scores, pattern, dim=0) & keep_mask
 
 
 def survivors(values: Tensor, columns: Tensor, in_features: int, pattern: NMPattern) -> Tensor:
@@ -122,4 +130,53 @@ def survivors(values: Tensor, columns: Tensor, in_features: int, pattern: NMPatt
     """
     scores = values.new_full((values.shape[0], in_features), -1.0)
     scores.scatter_(1, columns, values.detach().abs())
-    return _top_n(scores, pattern, dim=0).gather(1, columns)
+    return top_n(scores, pattern, dim=0).gather(1, columns)
+
+
+def transposable_keep_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
+    """N:M mask along d_in and d_out at once that keeps the largest total magnitude.
+
+    Exact: in each m x m tile all masks whose rows and columns hold n entries are compared, 90 for
+    2:4 (Hubara et al., arXiv:2102.08124, section 4; FST, arXiv:2404.01847, section 5).
+
+    Args:
+        weight: shape (O, I), any float dtype, without NaN; both divisible by m.
+        pattern: N:M pattern, m at most 4.
+
+    Returns:
+        keep_mask (O, I) bool, exactly n True per group of m along either dimension; of equal totals
+        the first pattern wins.
+
+    Raises:
+        ValueError: if m is above 4, or does not divide O or I.
+    """
+    rows, columns = weight.shape
+    _check_divides(columns, pattern, "in_features")
+    _check_divides(rows, pattern, "out_features")
+    table = _transposable_tiles(pattern).to(weight.device)
+    m = pattern.m
+    tiles = weight.detach().abs().double().view(rows // m, m, columns // m, m)
+    tiles = tiles.transpose(1, 2).reshape(-1, m * m)
+    best = torch.cat([(part @ table.t()).argmax(1) for part in tiles.split(_TILES_AT_ONCE)])
+    chosen = table[best].bool().view(rows // m, columns // m, m, m)
+    return chosen.transpose(1, 2).reshape(rows, columns)
+
+
+@functools.cache
+def _transposable_tiles(pattern: NMPattern) -> Tensor:
+    """All m x m masks with n entries in each row and column, (count, m*m) float64."""
+    if pattern.m > 4:
+        raise ValueError(
+            f"a transposable mask of pattern {pattern} has too many tiles to compare; use a "
+            "pattern with m up to 4, for example 2:4."
+        )
+    one_row = [
+        tuple(int(i in kept) for i in range(pattern.m))
+        for kept in itertools.combinations(range(pattern.m), pattern.n)
+    ]
+    tiles = [
+        rows
+        for rows in itertools.product(one_row, repeat=pattern.m)
+        if all(sum(column) == pattern.n for column in zip(*rows, strict=True))
+    ]
+    return torch.tensor(tiles, dtype=torch.float64).flatten(1)

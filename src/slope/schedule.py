@@ -1,4 +1,4 @@
-"""What happens at which optimizer step: adapters wake, column masks are refreshed.
+"""What happens at which optimizer step: adapters wake, masks are refreshed, masks evolve.
 
 A pure function of the step, so a resumed run needs no state of it, and every trainer (plain loop,
 Lightning, Hugging Face) calls the same object.
@@ -8,28 +8,44 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 
-from slope.convert import activate_adapters, deactivate_adapters, sparse_layers
+from slope.convert import activate_adapters, deactivate_adapters, pruned_layers, sparse_layers
+from slope.methods.evolving import Evolution, GradientCollector, swap
 
 
 class SlopeSchedule:
     """Call :meth:`apply` before the first micro-batch of each optimizer step.
 
+    Methods with a decay on pruned weights (SR-STE, FST) and evolving masks also need
+    :meth:`before_optimizer_step`, after the last backward and before clipping.
+
     Args:
         max_steps: optimizer steps of the whole run.
         lora_start: share of the run after which adapters are active, in (0, 1]; 1 never wakes
             them, None for models without adapters. 0.99 is the paper's.
+        lora_lazy: False: adapters are active from step 0, ``lora_start`` is not read.
+        dense_start: share of the run after which layers of a method rest and are dense (FST's last
+            phase), in (0, 1]; None for never.
+        evolution: how SLoPe's row mask evolves; None: it is fixed.
 
     Raises:
-        ValueError: if ``max_steps`` < 1 or ``lora_start`` is outside (0, 1].
+        ValueError: if ``max_steps`` < 1, or a share is outside (0, 1].
 
     Example:
         >>> SlopeSchedule(1000, lora_start=0.99).start_step
         990
     """
 
-    def __init__(self, max_steps: int, lora_start: float | None = 0.99) -> None:
+    def __init__(
+        self,
+        max_steps: int,
+        lora_start: float | None = 0.99,
+        lora_lazy: bool = True,
+        dense_start: float | None = None,
+        evolution: Evolution | None = None,
+    ) -> None:
         if max_steps < 1:
             raise ValueError(f"max_steps={max_steps} must be at least 1.")
         if lora_start is not None and not 0 < lora_start <= 1:
@@ -37,16 +53,31 @@ class SlopeSchedule:
                 f"lora_start={lora_start} is outside (0, 1]; it is the share of the steps before "
                 "the adapters start, for example lora_start=0.99."
             )
+        if dense_start is not None and not 0 < dense_start <= 1:
+            raise ValueError(
+                f"dense_start={dense_start} is outside (0, 1]; it is the share of the steps before "
+                "the dense last phase, for example dense_start=0.83."
+            )
         self.max_steps = max_steps
         self.lora_start = lora_start
+        self.lora_lazy = lora_lazy
+        self.dense_start = dense_start
+        self.evolution = evolution
+        self._collector: GradientCollector | None = None
 
     @property
     def start_step(self) -> int:
         """First optimizer step, counted from 0, that is done with active adapters."""
         if self.lora_start is None:
             return self.max_steps
-        # The product may miss a whole number by rounding: 0.07 * 100 is 7.000000000000001.
-        return math.ceil(round(self.lora_start * self.max_steps, 9))
+        return _first_step(self.lora_start, self.max_steps) if self.lora_lazy else 0
+
+    @property
+    def dense_step(self) -> int:
+        """First optimizer step, counted from 0, of the dense last phase."""
+        if self.dense_start is None:
+            return self.max_steps
+        return _first_step(self.dense_start, self.max_steps)
 
     def apply(self, model: nn.Module, step: int) -> None:
         """Put the model into the state that optimizer step ``step`` (from 0) is done in."""
@@ -60,3 +91,37 @@ class SlopeSchedule:
             interval = layer.column_mask_interval
             if interval > 1 and step > 0 and step % interval == 0:
                 layer.refresh_column_mask()
+        for _, pruned in pruned_layers(model):
+            pruned.dense = step >= self.dense_step
+            with torch.no_grad():
+                pruned.method.begin_step(pruned, step)
+        if self.evolution is not None and self.evolution.share(step, self.max_steps):
+            if self._collector is not None:
+                self._collector.close()  # an optimizer step that was given up
+            self._collector = GradientCollector([layer for _, layer in sparse_layers(model)])
+
+    def before_optimizer_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    ) -> None:
+        """Add decays to the gradients, and let masks evolve; once per optimizer step.
+
+        Args:
+            model: after its last backward, gradients unscaled and not yet clipped.
+            optimizer: whose state follows the weights.
+            step: as for :meth:`apply`.
+        """
+        for _, layer in pruned_layers(model):
+            with torch.no_grad():
+                layer.method.adjust_gradient(layer)
+        if self._collector is None or self.evolution is None:
+            return
+        collector, self._collector = self._collector, None
+        collector.close()
+        share = self.evolution.share(step, self.max_steps)
+        for collected, gradient in collector.gradients.items():
+            swap(collected, gradient, share, optimizer)
+
+
+def _first_step(share: float, max_steps: int) -> int:
+    # The product may miss a whole number by rounding: 0.07 * 100 is 7.000000000000001.
+    return math.ceil(round(share * max_steps, 9))

@@ -48,6 +48,7 @@ def describe(layer: SlopeLinear) -> dict[str, Any]:
         "out_features": layer.out_features,
         "bias": layer.bias is not None,
         "column_mask_interval": layer.column_mask_interval,
+        "prune_backward": layer.prune_backward,
         "origin": layer.origin,
         "adapter": None
         if adapter is None
@@ -66,6 +67,8 @@ def layer_from(entry: dict[str, Any], dtype: torch.dtype, backend: str) -> Slope
         backend=backend,
         device="meta",
         dtype=dtype,
+        # Not in files written before the option was there.
+        prune_backward=bool(entry.get("prune_backward", True)),
     )
     layer.origin = str(entry["origin"])
     if entry["adapter"] is not None:
@@ -128,7 +131,8 @@ def decode(name: str, layer: SlopeLinear, tensors: dict[str, Tensor]) -> None:
     metadata = compress(keep_mask, keep_mask, pattern).metadata
     survives = unpack_bits(tensors["column_mask"], layer.values.shape[1])
     columns = decompress(survives, metadata, pattern, layer.in_features)
-    if bool((columns.unflatten(0, (-1, pattern.m)).sum(1) > pattern.n).any()):
+    crowded = (columns.unflatten(0, (-1, pattern.m)).sum(1) > pattern.n).any()
+    if layer.prune_backward and bool(crowded):
         raise ValueError(
             f"the column mask of layer {name!r} keeps more than {pattern.n} of {pattern.m} along "
             "d_out; the file is damaged, export it again."

@@ -28,6 +28,7 @@ from slope.export.layout import (
     layer_from,
 )
 from slope.linear import SlopeLinear
+from slope.methods import PrunedLinear
 
 
 def load_pretrained(
@@ -283,6 +284,11 @@ def _layer_in(model: nn.Module, name: str, layer: SlopeLinear) -> nn.Module:
         shape: tuple[int, ...] = (old.out_features, old.in_features)
     elif isinstance(old, nn.Linear) or type(old).__name__ == "Conv1D":
         shape = tuple(dense_weight(old).shape)
+    elif isinstance(old, PrunedLinear):
+        raise ValueError(
+            f"layer {name!r} of the model is a PrunedLinear (method {old.method.name}), whose "
+            "method the export does not have; load into the dense model, before slope.sparsify()."
+        )
     else:
         raise ValueError(
             f"layer {name!r} of the model is a {type(old).__name__}, which cannot be sparse."

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slope.convert import sparse_layers
+from slope.convert import pruned_layers, sparse_layers
 from slope.export.layout import (
     CONFIG_FILE,
     FORMAT,
@@ -46,7 +46,8 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: if the model has no sparse layer, or holds state that is no tensor.
+        ValueError: if the model has no sparse layer or one that is not compressed yet, or holds
+            state that is no tensor.
         FileExistsError: if the folder holds something already.
         OSError: if it cannot be written, for instance on a full disk.
     """
@@ -84,6 +85,13 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from slope import __version__
 
     layers = dict(sparse_layers(model))
+    pruned = next(pruned_layers(model), None)
+    if pruned is not None:
+        name, method = pruned[0], pruned[1].method.name
+        raise ValueError(
+            f"layer {name!r} is a PrunedLinear (method {method}), which stores its weight dense; "
+            "call slope.compress_weights(model) before saving."
+        )
     if not layers:
         raise ValueError(
             "the model has no SlopeLinear, so there is nothing to compress; save a dense model "
