@@ -63,11 +63,12 @@ def test_only_the_first_process_speaks(
         (["train"], "nothing to train; add experiment=demo"),
         (["train", "experiment=dem"], "did you mean experiment=demo"),
         (["train", "experiment=demo", "pruner.lora_rnk=1"], "did you mean 'pruner.lora_rank'"),
-        (["train", "experiment=demo", "pruner.pruned_matrix=input-static"], "not implemented"),
+        (["train", "experiment=demo", "pruner.pruned_matrix=statc-weight"], "is unknown"),
         (["train", "--cfg", "experiment=dem"], "did you mean experiment=demo"),
         (["config", "seeed=1"], "did you mean 'seed'"),
         (["train", "experiment=demo", "--unknown"], "unrecognized arguments: --unknown"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
+        (["train", "experiment=compare/smoke"], "type `slope compare experiment=compare/smoke`"),
         (["plot"], "required: run"),
     ],
 )
@@ -136,7 +137,7 @@ def test_ctrl_c_is_exit_code_130(
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        (["--help"], ["train", "config", "plot"]),
+        (["--help"], [f"\n  {command} " for command in cli.COMMANDS]),
         (["train", "--help"], ["experiment=owt/gpt2s", "--cfg", "+key=value", "--traceback"]),
         (["config", "--list"], ["experiment:\n", "  owt/gpt2s-flash\n", "optimizer:\n  adamw\n"]),
         (["--version"], [f"slope {slope.__version__}\n"]),
@@ -146,6 +147,24 @@ def test_help(arguments: list[str], texts: list[str], capsys: pytest.CaptureFixt
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert all(text in out for text in texts)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"usage: slope {command}" in out
+    assert f"\n  slope {command} " in out.partition("examples:")[2]
+
+
+def test_every_module_of_a_command_is_listed() -> None:
+    names = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
+    assert set(cli.COMMANDS) == names - {"__init__", "common"}
+
+
+def test_nothing_to_train_lists_no_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train"]) == 2
+    assert "compare/" not in capsys.readouterr().err
 
 
 def test_no_command_prints_help_and_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,8 @@ SIZES = {  # (width, blocks, heads)
 def test_all_published_experiments_exist() -> None:
     gpt2 = [f"owt/gpt2{size}" for size in ("s", "m", "l", "xl")]
     aliases = [f"{name}-{kind}" for name in gpt2 for kind in ("flash", "hf")]
-    assert set(EXPERIMENTS) == {*SIZES, *aliases, "demo", "smoke"}
+    single = {name for name in EXPERIMENTS if not name.startswith("compare/")}
+    assert single == {*SIZES, *aliases, "demo", "smoke"}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -59,7 +60,7 @@ def test_experiment_composes_and_its_numbers_fit(experiment: str) -> None:
     assert cfg.name == experiment.replace("/", "-")
     per_step = cfg.train.global_batch_size
     assert per_step % cfg.datamodule.batch_size == 0
-    if "/" in experiment:
+    if "/" in experiment and not experiment.startswith("compare/"):
         assert per_step % (8 * cfg.datamodule.batch_size) == 0  # the command in the file
     assert cfg.train.scheduler.name in ("linear_warmup", "cosine_warmup")
     assert cfg.trainer.val_check_interval <= cfg.trainer.max_steps
@@ -152,6 +153,18 @@ def test_values_keep_their_kind() -> None:
     assert (cfg.name, cfg.pruner.lora_rank, cfg.pruner.pattern) == ("2024", 0.0156, "1:4")
     assert cfg.pruner.rules == [["*.mlp.*", "2:8"]]
     assert "plot" not in cfg
+    cfg = configs.compose(
+        ['pruner.sparsity_increment="0,12,-1"', "pruner.dense_start=0.75", "pruner.lora_scale=2",
+         "pruner.srste_decay=6e-6", "pruner.unstructured_mask_sparsity=12.5", "init_from=a/b.ckpt"]
+    )  # fmt: skip
+    assert (cfg.pruner.sparsity_increment, cfg.pruner.dense_start) == ("0,12,-1", 0.75)
+    assert (cfg.pruner.lora_scale, cfg.pruner.srste_decay) == (2, 6e-6)
+    assert (cfg.pruner.unstructured_mask_sparsity, cfg.init_from) == (12.5, "a/b.ckpt")
+    cfg = configs.compose(["pruner.sparsity_increment=12", "pruner.dense_start=null"])
+    assert (cfg.pruner.sparsity_increment, cfg.pruner.dense_start) == (12, None)
+    assert configs.compose(["pruner.sparsity_increment=[0,12,-1]"]).pruner.sparsity_increment == [
+        0, 12, -1
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -172,6 +185,10 @@ def test_values_keep_their_kind() -> None:
         ("resume=1", r"resume must be True or False, for example resume=False"),
         ("seed=True", r"seed must be a whole number"),
         ("pruner.rules=dense", r"pruner.rules must be a list"),
+        ("pruner.sparsity_increment=True", r"sparsity_increment must be a text or a whole number"),
+        ("pruner.lora_lr=high", r"pruner.lora_lr must be a whole number or a number or null"),
+        ("pruner.mvue=1", r"pruner.mvue must be True or False"),
+        ("pruner=sr-st", r"no pruner of that name; did you mean pruner=sr-ste\?"),
         ("train.optimizer=adamw", r"is a section, not a value.*train.optimizer.lr"),
         ("train.optimizer.lr=0", r"train.optimizer.lr=0 must be a number above 0"),
         ("datamodule.batch_size=-1", r"datamodule.batch_size=-1 must be .* at least 1"),
@@ -195,6 +212,9 @@ def test_every_group_is_listed() -> None:
     assert configs.groups() == [
         "callbacks", "datamodule", "experiment", "model", "optimizer", "pruner", "scheduler",
         "trainer",
+    ]  # fmt: skip
+    assert configs.choices("pruner") == [
+        "extended-sr-ste", "fst", "none", "s-ste", "slope", "sr-ste"
     ]  # fmt: skip
     assert configs.choices("datamodule") == ["c4", "demo", "openwebtext", "text", "thepile"]
 

@@ -35,8 +35,8 @@ def write_run(folder, steps=40, adapters_from=30, summary=None):
     return folder
 
 
-def drawn_figure(monkeypatch, folder):
-    """The figure that plot_run saves, to look at its lines."""
+def drawn_figure(monkeypatch, folder, number=0):
+    """A figure that plot_run saves, to look at its lines: 0 the curves, 1 those of the masks."""
     from matplotlib.figure import Figure
 
     figures = []
@@ -48,7 +48,7 @@ def drawn_figure(monkeypatch, folder):
 
     monkeypatch.setattr(Figure, "savefig", keep)
     plotting.plot_run(folder)
-    return figures[0]
+    return list(dict.fromkeys(figures))[number]
 
 
 def labels(axis):
@@ -126,3 +126,73 @@ def test_metrics_without_a_step_and_a_broken_summary_are_errors(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(ValueError, match=r"summary\.json' is not valid JSON"):
         plotting.plot_run(tmp_path)
+
+
+# -- the masks -------------------------------------------------------------------------------------
+
+MASK_COLUMNS = [
+    *("step", "layer", "density", "density_backward", "imposed_sparsity", "lemma", "flip_rate"),
+    *("column_flip_rate", "kept_energy", "kept_energy_backward", "adapter_norm"),
+]
+
+
+def write_masks(folder, steps=(10, 20, 30, 40), **changes):
+    values = {"density": 0.5, "density_backward": 0.41, "lemma": 0.09375, "flip_rate": 0.01}
+    values |= {"column_flip_rate": 0.02, "kept_energy": 0.9, "kept_energy_backward": 0.95}
+    values |= {"adapter_norm": 0.1} | changes
+    with (folder / "diagnostics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, MASK_COLUMNS)
+        writer.writeheader()
+        for step in steps:
+            for layer in ("h.0.c_fc", "h.1.c_fc", "total"):
+                writer.writerow({"step": step, "layer": layer} | values)
+
+
+def widths(axis):
+    return sorted(round(line.get_linewidth(), 1) for line in axis.get_lines())
+
+
+def test_masks_get_a_picture_of_their_own(tmp_path, monkeypatch):
+    summary = {"adapters_started_at_step": 31, "val_loss": 4.2, "tokens": 20480}
+    folder = write_run(tmp_path, summary=summary)
+    plotting.plot_run(folder)
+    assert not (folder / "diagnostics.png").exists()
+    write_masks(folder)
+    figure = drawn_figure(monkeypatch, folder, 1)
+    assert (folder / plotting.DIAGNOSTICS).read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "diagnostics.svg").read_text()
+    assert "perplexity 66.7, after 20,480 tokens" in figure.get_suptitle()
+    density, flips, energy, adapter = figure.axes
+    # Each layer thin, the total bold; the adapters' start with its legend, the lemma.
+    assert widths(density) == [0.7] * 4 + [1.0, 1.0, 1.6] + [2.2] * 2
+    assert labels(density) == [
+        "forward", "input gradient", "input gradient by Lemma 2.1 (40.62 %)", "adapters start"
+    ]  # fmt: skip
+    assert labels(flips) == ["forward", "input gradient"]
+    assert labels(energy) == ["forward, of the dense weight", "input gradient, of the forward's"]
+    assert widths(adapter) == [0.7] * 2 + [1.0, 2.2]
+    for axis in figure.axes:
+        assert axis.get_title() and axis.get_ylabel()
+        assert any(list(line.get_xdata()) == [31, 31] for line in axis.get_lines())
+
+
+def test_mask_columns_that_were_not_measured_say_so(tmp_path, monkeypatch):
+    folder = write_run(tmp_path)
+    write_masks(folder, lemma="", kept_energy="", kept_energy_backward="", adapter_norm="")
+    figure = drawn_figure(monkeypatch, folder, 1)
+    assert labels(figure.axes[0])[:2] == ["forward", "input gradient"]
+    assert not any("Lemma" in label for label in labels(figure.axes[0]))
+    assert [axis.texts[0].get_text() for axis in figure.axes[2:]] == ["not measured"] * 2
+    write_masks(folder, density_backward=0.5, lemma=0.0)  # an exact input gradient
+    figure = drawn_figure(monkeypatch, folder, 1)
+    assert not any("Lemma" in label for label in labels(figure.axes[0]))
+
+
+def test_a_single_measurement_and_none_do_not_stop_the_picture(tmp_path):
+    folder = write_run(tmp_path)
+    write_masks(folder, steps=(), density=1.0)
+    plotting.plot_run(folder)
+    assert not (folder / "diagnostics.png").exists()
+    write_masks(folder, steps=(10,), kept_energy="nan")
+    plotting.plot_run(folder)
+    assert (folder / "diagnostics.png").exists()

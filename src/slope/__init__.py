@@ -60,7 +60,16 @@ _HOME = {
     "sparsify": "convert",
     "sparsity_report": "convert",
 }
-_MODULES = ("compressed", "export", "functional", "masks", "methods", "models", "schedule")
+_MODULES = (
+    "compressed",
+    "diagnostics",
+    "export",
+    "functional",
+    "masks",
+    "methods",
+    "models",
+    "schedule",
+)
 
 __all__ = [
     "Adapter",

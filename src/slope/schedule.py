@@ -86,19 +86,23 @@ class SlopeSchedule:
                 activate_adapters(model)
             else:
                 deactivate_adapters(model)
+        self.refresh_masks(model, step)
+        if self.evolution is not None and self.evolution.share(step, self.max_steps):
+            if self._collector is not None:
+                self._collector.close()  # an optimizer step that was given up
+            self._collector = GradientCollector([layer for _, layer in sparse_layers(model)])
+
+    def refresh_masks(self, model: nn.Module, step: int) -> None:
+        """The part of :meth:`apply` that is about masks; ``model`` may be a single layer."""
         for _, layer in sparse_layers(model):
             # Interval 1 refreshes inside the layer, whenever its values have changed.
             interval = layer.column_mask_interval
             if interval > 1 and step > 0 and step % interval == 0:
                 layer.refresh_column_mask()
         for _, pruned in pruned_layers(model):
-            pruned.dense = step >= self.dense_step
+            pruned.dense = self.dense_start is not None and step >= self.dense_step
             with torch.no_grad():
                 pruned.method.begin_step(pruned, step)
-        if self.evolution is not None and self.evolution.share(step, self.max_steps):
-            if self._collector is not None:
-                self._collector.close()  # an optimizer step that was given up
-            self._collector = GradientCollector([layer for _, layer in sparse_layers(model)])
 
     def before_optimizer_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int

@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_model(runs, finished, override, text):
          "trainer.num_nodes=1 = 4; try train.global_batch_size=8"),
         (["trainer.strategy=fsdp"], "trainer.strategy='fsdp' is unknown"),
         (["trainer.devices=0"], "trainer.devices=0 is not a number of devices"),
-        (["pruner.lora_start=0"], r"lora_start=0.0 is outside \(0, 1\]"),
+        (["pruner.lora_start=0"], r"lora_start=0 is outside \(0, 1\]"),
         (["pruner.lora_start=1.5"], r"lora_start=1.5 is outside \(0, 1\]"),
         (["pruner.lora_rank=64"], "adapter rank 64 does not fit|lora_rank"),
         (["model.config.n_embd=36", "model.config.n_head=2", "pruner.pattern=2:8"],

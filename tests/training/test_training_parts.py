@@ -43,6 +43,45 @@ def test_learning_rates_with_a_floor_and_a_cosine():
     assert rates.adapters(5) == 0.0
 
 
+def adapter_rates(shape, **more):
+    settings = {"warmup_steps": 4, "lora_peak": 0.5, "lora_start_step": 14} | more
+    rates = LearningRates(peak=1.0, max_steps=24, lora_shape=shape, **settings)
+    return [round(rates.adapters(step), 6) for step in (0, 1, 13, 14, 19, 24)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("linear", [0, 0, 0, 0.5, 0.25, 0]),
+        ("cosine", [0, 0, 0, 0.5, 0.25, 0]),
+        ("constant", [0, 0, 0, 0.5, 0.5, 0.5]),
+        ("model", [0, 0, 0, 0.25, 0.125, 0]),  # half of the model's own rate
+    ],
+)
+def test_schedules_of_lazy_adapters(shape, expected):
+    assert adapter_rates(shape) == expected
+
+
+def test_a_cosine_is_no_line():
+    rates = LearningRates(
+        peak=1.0, warmup_steps=0, max_steps=8, lora_peak=1.0, lora_start_step=4, lora_shape="cosine"
+    )
+    expected = [1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]
+    assert [rates.adapters(step) for step in (4, 5, 6, 7)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("linear", [0.125, 0.25, 0.275, 0.25, 0.125, 0]),
+        ("constant", [0.125, 0.25, 0.5, 0.5, 0.5, 0.5]),
+        ("model", [0.125, 0.25, 0.275, 0.25, 0.125, 0]),
+    ],
+)
+def test_adapters_from_step_0_warm_up_with_the_model(shape, expected):
+    assert adapter_rates(shape, lora_start_step=0) == expected
+
+
 class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
@@ -70,6 +109,15 @@ def test_parameter_groups(tiny):
     }  # fmt: skip
     assert groups["adapters"]["names"] == ["second.adapter.down", "second.adapter.up"]
     assert [groups[n]["weight_decay"] for n in ("decay", "no_decay", "adapters")] == [0.1, 0, 0]
+
+
+def test_dense_weights_of_a_method_are_decayed():
+    model = Tiny()
+    config = slope.SparsityConfig(method="dynamic-weight", adapter_rank=2, skip=("first",))
+    slope.sparsify(model, config)
+    groups = {group["name"]: group["names"] for group in parameter_groups(model, 0.1)}
+    assert groups["decay"] == ["first.weight", "second.weight"]
+    assert groups["adapters"] == ["second.adapter.down", "second.adapter.up"]
 
 
 def test_state_bytes_are_those_of_the_values(tiny):

@@ -12,6 +12,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,15 @@ _LOGGERS = ("csv", "tensorboard", "wandb", "none")
 # Keys whose value may be of another kind than the default's.
 _KINDS: dict[str, tuple[type, ...]] = {
     "name": (str, int),
+    "init_from": (str, int, type(None)),
     "pruner.pruned_matrix": (str, type(None)),
-    "pruner.lora_rank": (int, float),
-    "pruner.sparsity_increment": (str, int),
+    "pruner.unstructured_mask_sparsity": (int, float),
+    "pruner.sparsity_increment": (str, int, list),
     "pruner.rules": (list,),
+    "pruner.dense_start": (int, float, type(None)),
+    "pruner.lora_rank": (int, float),
+    "pruner.lora_scale": (int, float, type(None)),
+    "pruner.lora_lr": (int, float, type(None)),
     "trainer.devices": (int, str, list),
     "trainer.precision": (str, int),
     "trainer.gradient_clip_val": (int, float, type(None)),
@@ -35,6 +41,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "datamodule.data_files": (str, list),
     "model.config.vocab_size": (int, type(None)),
     "train.scheduler.warmup_steps": (int, type(None)),
+    "callbacks.diagnostics.every_n_steps": (int, type(None)),
 }
 _AT_LEAST = {
     "train.global_batch_size": 1,
@@ -78,8 +85,6 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         ValueError: if an override cannot be read, names an unknown key or choice, or has a value
             that the key cannot take; or if a value that must be given is missing.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
     from hydra.errors import HydraException
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
@@ -97,8 +102,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         else:
             changes.append(override)
     try:
-        with initialize_config_module("slope.configs", version_base="1.3"):
-            cfg = hydra_compose("train", overrides=[o.input_line for o in structural])
+        cfg = _compose_groups(tuple(o.input_line for o in structural)).copy()
         known = _known_keys(cfg)
         for override in changes:
             value = _check_value(cfg, known, override)
@@ -111,6 +115,16 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         raise ValueError(" ".join(str(error).split())) from error
     _check_ranges(cfg)
     return cfg
+
+
+@lru_cache(maxsize=16)
+def _compose_groups(overrides: tuple[str, ...]) -> DictConfig:
+    """What Hydra makes of the files; kept, since the methods of a comparison share most of it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    with initialize_config_module("slope.configs", version_base="1.3"):
+        return hydra_compose("train", overrides=list(overrides))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

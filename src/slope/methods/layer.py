@@ -36,6 +36,7 @@ class PrunedLinear(AdaptedLinear):
 
     weight: nn.Parameter
     keep_mask: Tensor
+    scale: Tensor
 
     def __init__(
         self,

@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 from slope import adapters_active
 from slope.training import checkpoint as checkpoints
 from slope.training import rng
+from slope.training.diagnostics import MaskDiagnostics
 from slope.training.metrics import MetricsFile, Value
 from slope.training.module import LanguageModule
 from slope.training.progress import Progress
@@ -34,6 +36,18 @@ log = logging.getLogger(__name__)
 
 SMOOTHED_STEPS = 50
 """Optimizer steps whose mean loss is the run's ``train_loss``."""
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient of an optimizer step is no number.
+
+    Attributes:
+        step: that step, counted from 1.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,7 @@ class RunLoop(pl.Callback):
 
     Attributes:
         metrics: the CSV, on the first process only; set before the fit.
+        diagnostics: of the masks, likewise; None also where nothing is to be measured.
         state: what is saved in every checkpoint.
         stopped_by: the signal that ended the run early.
     """
@@ -146,6 +161,7 @@ class RunLoop(pl.Callback):
         self.directory = directory
         self.files = files
         self.metrics: MetricsFile | None = None
+        self.diagnostics: MaskDiagnostics | None = None
         self.progress = progress
         self.validation = validation
         self.signature = signature
@@ -186,6 +202,9 @@ class RunLoop(pl.Callback):
         if self.state.adapters_started_at_step is None and adapters_active(pl_module.model):
             self.state.adapters_started_at_step = step
             log.info("adapters start at step %d of %d.", step, self.intervals.max_steps)
+        if self.diagnostics is not None and self.diagnostics.due(step + 1):
+            with self._aside():
+                self.diagnostics.begin(pl_module.model)
 
     def on_train_batch_end(
         self,
@@ -212,14 +231,19 @@ class RunLoop(pl.Callback):
         row: dict[str, Value] = {}
         if validate or save or progress or step == 1 or due(self.intervals.log, step):
             row = self._measure(trainer, pl_module, step)
+        if self.diagnostics is not None and self.diagnostics.due(step):
+            with self._aside():
+                row |= self.diagnostics.measure(pl_module.model, step)
         if validate:
-            loss = self._validate(trainer, pl_module)
+            with self._aside():
+                loss = self._validate(trainer, pl_module)
             self.state.val_loss, self.state.val_step = loss, step
             row |= {"val/loss": loss, "val/perplexity": perplexity(loss)}
         if validate or step == 1 or due(self.intervals.log, step):
             self._write(trainer, row)
         if save or progress:
-            self._save(trainer, step, validate, progress)
+            with self._aside():
+                self._save(trainer, step, validate, progress)
         if stop:
             trainer.should_stop = True
 
@@ -312,7 +336,7 @@ class RunLoop(pl.Callback):
         for step, loss, norm in zip(steps, *values, strict=True):
             # A loss scaler makes infinite gradients by design and skips the step.
             if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
-                raise RuntimeError(self._diverged(step, loss, norm))
+                raise DivergedError(self._diverged(step, loss, norm), step)
         self.state.recent.extend(values[0])
         return values[0][-1], values[1][-1]
 
@@ -329,7 +353,6 @@ class RunLoop(pl.Callback):
     @torch.no_grad()
     def _validate(self, trainer: pl.Trainer, pl_module: LanguageModule) -> float:
         """Mean loss per predicted token of the validation split, over all processes."""
-        started = time.monotonic()
         sums = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
         pl_module.eval()
         try:
@@ -345,9 +368,14 @@ class RunLoop(pl.Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
         total, count = sums.tolist()
-        # Validation is no part of the training speed.
-        self._row_time += time.monotonic() - started
         return total / count
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What is done in here is no part of the training speed."""
+        started = time.monotonic()
+        yield
+        self._row_time += time.monotonic() - started
 
     def _write(self, trainer: pl.Trainer, row: dict[str, Value]) -> None:
         if self.metrics is not None:
@@ -360,8 +388,9 @@ class RunLoop(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, step: int, validated: bool, progress: bool) -> None:
         """Write last.ckpt first, so that it is never older than the copies."""
-        if self.metrics is not None:
-            self.metrics.sync()
+        for file in (self.metrics, self.diagnostics):
+            if file is not None:
+                file.sync()
         self.state.dropped = []
         copies: list[str] = []
         if validated and self.intervals.keep_best > 0:
@@ -376,7 +405,6 @@ class RunLoop(pl.Callback):
             copies.append(f"progress_step_{step}.ckpt")
         self.state.copies = copies
         path = self.directory / checkpoints.LAST
-        started = time.monotonic()
         trainer.save_checkpoint(
             path, weights_only=False, storage_options=[self.directory / name for name in copies]
         )
@@ -389,7 +417,6 @@ class RunLoop(pl.Callback):
         if trainer.is_global_zero:
             self.drop()
             (self.directory / checkpoints.UNSAVED).unlink(missing_ok=True)
-        self._row_time += time.monotonic() - started
 
     def drop(self) -> None:
         """Delete the checkpoints that are no longer among the best."""

@@ -1,12 +1,14 @@
-"""One CSV per run name, to which restarts append without repeating or losing a step."""
+"""The CSV files of a run, to which restarts append without repeating or losing a step."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from slope.diagnostics import COLUMNS as MASK_COLUMNS
 
 COLUMNS = (
     "step",
@@ -23,7 +25,11 @@ COLUMNS = (
     "tokens_per_second",
     "peak_memory_bytes",
     "adapters_active",
+    *(f"mask/{column}" for column in MASK_COLUMNS),
 )
+"""Of ``metrics.csv``: one row per step."""
+DIAGNOSTICS_COLUMNS = ("step", "layer", *MASK_COLUMNS)
+"""Of ``diagnostics.csv``: one row per step and layer, and one for the layer ``total``."""
 
 Value = float | int | None
 
@@ -35,32 +41,36 @@ class MetricsFile:
         path: the CSV file.
         step: the optimizer step from which the run goes on. Rows of later steps, written by a
             process that died after its last checkpoint, and a torn last line are dropped.
+        columns: what it holds; the first is the step. A file that was begun with fewer of them gets
+            the others, empty in the rows that it has.
 
     Raises:
         ValueError: if the file exists and is not a metrics file.
     """
 
-    def __init__(self, path: Path, step: int = 0) -> None:
+    def __init__(self, path: Path, step: int = 0, columns: Sequence[str] = COLUMNS) -> None:
         self.path = path
+        self.columns = tuple(columns)
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = _rows_until(path, step) if path.exists() else []
+        rows = _rows_until(path, step, self.columns) if path.exists() else []
         temporary = path.with_name(path.name + ".partial")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
+            writer.writerow(self.columns)
             writer.writerows(rows)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
 
-    def append(self, row: Mapping[str, Value]) -> None:
-        """Write one row and flush it; a column that was not measured stays empty."""
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(
-            ["" if row.get(name) is None else _text(row[name]) for name in COLUMNS]
+    def append(self, *rows: Mapping[str, Value | str]) -> None:
+        """Write rows and flush them; a column that was not measured stays empty."""
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows(
+            ["" if row.get(name) is None else _text(row[name]) for name in self.columns]
+            for row in rows
         )
-        self._file.write(line.getvalue())
+        self._file.write(lines.getvalue())
         self._file.flush()
 
     def sync(self) -> None:
@@ -74,18 +84,22 @@ class MetricsFile:
         self._file.close()
 
 
-def _text(value: Value) -> str:
+def _text(value: Value | str) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _rows_until(path: Path, step: int) -> list[list[str]]:
+def _rows_until(path: Path, step: int, columns: tuple[str, ...]) -> list[list[str]]:
     text = path.read_bytes().decode("utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     lines = list(csv.reader(io.StringIO(whole)))
-    if lines and tuple(lines[0]) != COLUMNS:
+    if not lines:
+        return []
+    header = lines[0]
+    if header[:1] != ["step"] or not set(header) <= set(columns):
         raise ValueError(
-            f"{path} is not a metrics file of slope (first columns: {lines[0][:4]}); move it away "
+            f"{path} is not a metrics file of slope (first columns: {header[:4]}); move it away "
             "or choose another name=."
         )
-    good = [row for row in lines[1:] if len(row) == len(COLUMNS) and row[0].isdigit()]
-    return [row for row in good if 0 < int(row[0]) <= step]
+    good = [row for row in lines[1:] if len(row) == len(header) and row[0].isdigit()]
+    known = [dict(zip(header, row, strict=True)) for row in good if 0 < int(row[0]) <= step]
+    return [[row.get(column, "") for column in columns] for row in known]

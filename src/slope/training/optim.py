@@ -112,8 +112,12 @@ class LearningRates:
         max_steps: the step at which the model's rate reaches ``minimum`` and the adapters' 0.
         minimum: last rate of the model.
         shape: of the way down, ``"linear"`` or ``"cosine"`` (half a wave).
-        lora_peak: of the adapters, reached at once at ``lora_start_step``.
+        lora_peak: of the adapters, reached at once at ``lora_start_step``, or, where that is step
+            0, after the model's warm-up.
         lora_start_step: first step done with active adapters; None where there are none.
+        lora_shape: of the adapters' rate from that step on: ``"linear"`` or ``"cosine"`` down to 0
+            at ``max_steps``, ``"constant"``, or ``"model"``: the model's rate times ``lora_peak`` /
+            ``peak``.
     """
 
     peak: float
@@ -123,23 +127,33 @@ class LearningRates:
     shape: str = "linear"
     lora_peak: float = 0.0
     lora_start_step: int | None = None
+    lora_shape: str = "linear"
 
     def model(self, step: int) -> float:
         """Linear warm-up to the peak, then down to the minimum at ``max_steps``."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        left = (self.max_steps - step) / max(1, self.max_steps - self.warmup_steps)
-        left = min(1.0, max(0.0, left))
-        if self.shape == "cosine":
-            left = (1 - math.cos(math.pi * left)) / 2
+        left = self._left(step, self.warmup_steps, self.shape)
         return self.minimum + (self.peak - self.minimum) * left
 
     def adapters(self, step: int) -> float:
-        """Linear decay over the adapters' own window, without warm-up; 0 while dormant."""
-        if self.lora_start_step is None or step < self.lora_start_step:
+        """The schedule of their own over the window in which they are active; 0 while dormant."""
+        start = self.lora_start_step
+        if start is None or step < start:
             return 0.0
-        window = max(1, self.max_steps - self.lora_start_step)
-        return self.lora_peak * max(0.0, (self.max_steps - step) / window)
+        if self.lora_shape == "model":
+            return self.model(step) * self.lora_peak / self.peak
+        if start == 0 and step < self.warmup_steps:
+            return self.lora_peak * (step + 1) / self.warmup_steps
+        if self.lora_shape == "constant":
+            return self.lora_peak
+        return self.lora_peak * self._left(step, start or self.warmup_steps, self.lora_shape)
+
+    def _left(self, step: int, top: int, shape: str) -> float:
+        """Share of the way down, from 1 at step ``top`` to 0 at ``max_steps``."""
+        left = (self.max_steps - step) / max(1, self.max_steps - top)
+        left = min(1.0, max(0.0, left))
+        return (1 - math.cos(math.pi * left)) / 2 if shape == "cosine" else left
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Set the rates of a step in every parameter group."""

@@ -27,13 +27,12 @@ import slope
 from slope.integrations.lightning import SlopeCallback
 from slope.schedule import SlopeSchedule
 from slope.training import checkpoint as checkpoints
-from slope.training import rng, signature
+from slope.training import diagnostics, initial, pruner, rng, signature
 from slope.training.loop import Intervals, RunLoop, peak_memory_bytes, perplexity
 from slope.training.metrics import MetricsFile
 from slope.training.module import LanguageModule, TrainBatches
 from slope.training.optim import LORA_LR_RATIO, LearningRates, state_bytes
 from slope.training.progress import Progress, console_handler, show_summary
-from slope.training.pruner import check_pruner, sparsity_config
 
 log = logging.getLogger(__name__)
 
@@ -67,28 +66,51 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: for settings, data or checkpoints that do not fit, before any work is done.
         RuntimeError: if the loss diverges or a file cannot be written.
-        FileNotFoundError: if the checkpoint asked for does not exist.
+        FileNotFoundError: if the checkpoint or the weights asked for do not exist.
     """
     hardware = _hardware(cfg)
     accumulate = accumulation(cfg, hardware.world_size)
     first = rank_zero_only.rank == 0
     log_dir, directory = Path(cfg.paths.log_dir), Path(cfg.paths.checkpoint_dir)
-    schedule = _check_settings(cfg)
+    _check_settings(cfg, hardware)
     known = signature.config_signature(cfg)
     found = _start_from(cfg, log_dir, directory, first)
+    weights = None
     if found is not None:
         signature.check(found.content["slope"]["signature"], known, found.path, whole=False)
+    elif cfg.init_from is not None:
+        weights = initial.read(cfg.init_from)
+        initial.check(weights, cfg.model, int(cfg.datamodule.max_length))
     with _run_log(log_dir, first), _quiet_lightning():
-        return _run(cfg, hardware, accumulate, schedule, known, found)
+        return _run(cfg, hardware, accumulate, known, found, weights)
+
+
+def check(cfg: DictConfig) -> Hardware:
+    """Find what is wrong with a configuration, as far as it can be known before the data.
+
+    Returns:
+        Where the run would be done.
+
+    Raises:
+        ValueError: for settings that do not fit.
+        RuntimeError: if a device or a package is missing.
+        FileNotFoundError: if the weights to start from are missing.
+    """
+    hardware = _hardware(cfg)
+    accumulation(cfg, hardware.world_size)
+    _check_settings(cfg, hardware)
+    if cfg.init_from is not None and not checkpoints.saved(Path(cfg.paths.checkpoint_dir)):
+        initial.locate(cfg.init_from)
+    return hardware
 
 
 def _run(
     cfg: DictConfig,
     hardware: Hardware,
     accumulate: int,
-    schedule: SlopeSchedule,
     known: dict[str, Any],
     found: checkpoints.Found | None,
+    weights: initial.Weights | None,
 ) -> dict[str, Any]:
     from slope.data import BatchLoader, prepare
     from slope.models import build_model
@@ -100,14 +122,20 @@ def _run(
     data = prepare(cfg.datamodule, progress=first and bool(cfg.trainer.enable_progress_bar))
     rng.seed_all(int(cfg.seed))
     model = build_model(cfg.model, data.vocab_size, max_length, eos_token_id=data.eos_token_id)
-    settings = sparsity_config(cfg.pruner, model)
-    report = slope.sparsity_report(model) if settings is None else slope.sparsify(model, settings)
+    if weights is not None:
+        initial.load_into(model, weights)
+        log.info("starts from the weights of %s.", weights.path)
+    # What a checkpoint holds of masks replaces those chosen here.
+    fresh = found is None
+    report = pruner.apply(
+        cfg.pruner, model, _calibration(cfg, data) if fresh else None, choose_masks=fresh
+    ) or slope.sparsity_report(model)
     log.info("%s", report.summary())
-    adapters = bool(slope.adapter_parameters(model))
+    schedule = pruner.schedule(cfg.pruner, max_steps, bool(slope.adapter_parameters(model)))
 
     module = LanguageModule(
         model,
-        _rates(cfg, schedule if adapters else None),
+        _rates(cfg, schedule),
         {
             name: _plain(cfg.train.optimizer[name])
             for name in ("name", "betas", "eps", "weight_decay")
@@ -159,8 +187,10 @@ def _run(
         tokens_per_epoch=len(data.train) * max_length,
         seed=int(cfg.seed),
     )
-    waking = SlopeCallback(max_steps, schedule.lora_start if adapters else None)
-    trainer = _trainer(cfg, hardware, accumulate, adapters, files, [waking, loop])
+    waking = SlopeCallback(
+        max_steps, schedule.lora_start, schedule.lora_lazy, schedule.dense_start, schedule.evolution
+    )
+    trainer = _trainer(cfg, hardware, accumulate, schedule, files, [waking, loop])
     batches = TrainBatches(
         BatchLoader(
             data.train,
@@ -183,8 +213,13 @@ def _run(
         # Lightning would wait for the device in every micro-batch to ask about SIGTERM; RunLoop
         # asks once per optimizer step.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-    opened = MetricsFile(log_dir / "metrics.csv", step) if first else contextlib.nullcontext()
-    with _no_cache(model), opened as loop.metrics:
+    with _no_cache(model), contextlib.ExitStack() as tables:
+        if first:
+            metrics = MetricsFile(log_dir / "metrics.csv", step)
+            loop.metrics = tables.enter_context(metrics)
+            masks = diagnostics.MaskDiagnostics.open(cfg, step, schedule, model)
+            if masks is not None:
+                loop.diagnostics = tables.enter_context(masks)
         trainer.fit(module, batches, ckpt_path=None if found is None else str(found.path))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -200,7 +235,7 @@ def _run(
             path,
         )
         return {"interrupted": True, "steps": trainer.global_step, "checkpoint": str(path)}
-    return _finish(cfg, hardware, data, model, report, trainer, loop)
+    return _finish(cfg, hardware, data, model, schedule, report, trainer, loop)
 
 
 def accumulation(cfg: DictConfig, world_size: int) -> int:
@@ -262,7 +297,7 @@ def _hardware(cfg: DictConfig) -> Hardware:
     return Hardware(accelerator, chosen, nodes, precision)
 
 
-def _check_settings(cfg: DictConfig) -> SlopeSchedule:
+def _check_settings(cfg: DictConfig, hardware: Hardware) -> None:
     """Everything that can be wrong and be known before the data."""
     if not cfg.name:
         raise ValueError("the run has no name; type name=my-run.")
@@ -279,10 +314,17 @@ def _check_settings(cfg: DictConfig) -> SlopeSchedule:
             f"logger={cfg.logger} needs a package that is missing; type pip install {cfg.logger}, "
             "or logger=csv."
         )
-    schedule = SlopeSchedule(int(cfg.trainer.max_steps), float(cfg.pruner.lora_start))
-    if check_pruner(cfg.pruner):
+    sparse = pruner.check_pruner(cfg.pruner, "cuda" if hardware.accelerator == "gpu" else "cpu")
+    pruner.schedule(cfg.pruner, int(cfg.trainer.max_steps))
+    diagnostics.every_n_steps(cfg)
+    if sparse and cfg.pruner.mask == "wanda" and cfg.init_from is None:
+        raise ValueError(
+            "pruner.mask=wanda with init_from=null has no meaning: weights that were never trained "
+            "do not know their inputs; choose pruner.mask=magnitude, or init_from=<a checkpoint or "
+            "a folder of save_pretrained>."
+        )
+    if sparse:
         _try_on_meta(cfg)
-    return schedule
 
 
 def _try_on_meta(cfg: DictConfig) -> None:
@@ -291,7 +333,19 @@ def _try_on_meta(cfg: DictConfig) -> None:
 
     with torch.device("meta"):
         model = build_model(cfg.model, 1, int(cfg.datamodule.max_length))
-        slope.sparsify(model, sparsity_config(cfg.pruner, model))
+        pruner.apply(cfg.pruner, model, choose_masks=False)
+
+
+def _calibration(cfg: DictConfig, data: Any) -> Iterable[dict[str, Tensor]] | None:
+    """The first micro-batches that one process would train on; the same on every process."""
+    from slope.data import BatchLoader
+
+    if cfg.pruner.mask != "wanda":
+        return None
+    loader = BatchLoader(
+        data.train, int(cfg.datamodule.batch_size), seed=int(cfg.seed), shuffle=True
+    )
+    return islice(loader, int(cfg.pruner.calibration_batches))
 
 
 def _start_from(
@@ -376,7 +430,7 @@ def _complete_save(found: checkpoints.Found, step: int) -> None:
         (directory / f"step_{old}.ckpt").unlink(missing_ok=True)
 
 
-def _rates(cfg: DictConfig, schedule: SlopeSchedule | None) -> LearningRates:
+def _rates(cfg: DictConfig, schedule: SlopeSchedule) -> LearningRates:
     settings, max_steps = cfg.train.scheduler, int(cfg.trainer.max_steps)
     shapes = {"linear_warmup": "linear", "cosine_warmup": "cosine"}
     if settings.name not in shapes:
@@ -395,7 +449,8 @@ def _rates(cfg: DictConfig, schedule: SlopeSchedule | None) -> LearningRates:
         minimum=peak * float(settings.min_lr_ratio),
         shape=shapes[settings.name],
         lora_peak=LORA_LR_RATIO * peak if lora is None else float(lora),
-        lora_start_step=None if schedule is None else schedule.start_step,
+        lora_start_step=None if schedule.lora_start is None else schedule.start_step,
+        lora_shape=str(cfg.pruner.lora_schedule),
     )
 
 
@@ -403,7 +458,7 @@ def _trainer(
     cfg: DictConfig,
     hardware: Hardware,
     accumulate: int,
-    adapters: bool,
+    schedule: SlopeSchedule,
     files: checkpoints.VerifiedCheckpointIO,
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
@@ -413,7 +468,8 @@ def _trainer(
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         # Sleeping adapters take no part in the backward.
-        strategy = DDPStrategy(find_unused_parameters=adapters, **{name: False})
+        sleeping = schedule.lora_start is not None and schedule.lora_lazy
+        strategy = DDPStrategy(find_unused_parameters=sleeping, **{name: False})
     clip = cfg.trainer.gradient_clip_val
     return pl.Trainer(
         accelerator=hardware.accelerator,
@@ -460,6 +516,7 @@ def _finish(
     hardware: Hardware,
     data: Any,
     model: nn.Module,
+    schedule: SlopeSchedule,
     report: slope.SparsityReport,
     trainer: pl.Trainer,
     loop: RunLoop,
@@ -498,28 +555,30 @@ def _finish(
 
         summary["bigram_val_loss"] = bigram_loss(data.train, data.val, data.vocab_size)
         summary["bigram_val_perplexity"] = perplexity(summary["bigram_val_loss"])
+    if (log_dir / diagnostics.FILE).is_file():
+        written["diagnostics"] = log_dir / diagnostics.FILE
     _write_text(written["report"], f"{report}\n")
     _write_text(written["summary"], json.dumps(summary, indent=2) + "\n")
     text = None
     if str(cfg.model.family) != "bert":
-        text = _sample(cfg, hardware, model, data.tokenizer, state.adapters_started_at_step)
+        # A finished run that was resumed has not trained a step.
+        pruner.put_to_work(model, schedule, step)
+        text = _sample(cfg, hardware, model, data.tokenizer)
         written["sample"] = log_dir / "sample.txt"
         _write_text(written["sample"], f"{text}\n")
     if cfg.plot:
-        from slope.plotting import plot_run
+        from slope.plotting import DIAGNOSTICS, plot_run
 
         written["curves"] = plot_run(log_dir)
+        if (log_dir / DIAGNOSTICS).is_file():
+            written["mask curves"] = log_dir / DIAGNOSTICS
     show_summary(summary, str(report), written, text)
     return summary
 
 
-def _sample(
-    cfg: DictConfig, hardware: Hardware, model: nn.Module, tokenizer: Any, woke: int | None
-) -> str:
+def _sample(cfg: DictConfig, hardware: Hardware, model: nn.Module, tokenizer: Any) -> str:
     from slope.evaluation import sample
 
-    if woke is not None:
-        slope.activate_adapters(model)  # a finished run that was resumed has not trained a step
     model.to("cuda" if hardware.accelerator == "gpu" else "cpu").eval()
     return sample(
         model,

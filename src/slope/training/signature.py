@@ -8,15 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from slope import sparse_layers
+from slope.convert import adapted_layers
+from slope.linear import AdaptedLinear
+from slope.methods import PrunedLinear
 from slope.training.optim import extend_optimizer_state, parameter_groups
+from slope.training.pruner import PRUNED_MATRIX
 
 _RANK = "adapter rank of "
-_MUST_MATCH = ("model.", "datamodule.max_length", "vocabulary", "pattern of ", _RANK)
+_MUST_MATCH = ("model.", "datamodule.max_length", "vocabulary", "pattern of ", "method of ", _RANK)
+_CHOICES_OF_A_METHOD = ("reduction_dim", "prune_backward")
 
 
 def config_signature(cfg: Any) -> dict[str, Any]:
-    """The part that is known before the data: model and sequence length."""
+    """The part that is known before the data: model, sequence length, initial weights, pruner.
+
+    The ``pruner`` section is there whole: ``init_from`` rebuilds the layers of a checkpoint by it.
+    """
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(cfg.model, resolve=True)
@@ -25,17 +32,35 @@ def config_signature(cfg: Any) -> dict[str, Any]:
     signature = {f"model.config.{key}": value for key, value in sorted(config.items())}
     signature["model.family"] = values["family"]
     signature["datamodule.max_length"] = int(cfg.datamodule.max_length)
-    return signature
+    signature["init_from"] = None if cfg.init_from is None else str(cfg.init_from)
+    section = OmegaConf.to_container(cfg.pruner, resolve=True)
+    assert isinstance(section, dict)
+    section["pruned_matrix"] = PRUNED_MATRIX[str(section["pruned_matrix"]).lower()]
+    return signature | {f"pruner.{key}": value for key, value in sorted(section.items())}
 
 
 def model_signature(model: nn.Module, vocab_size: int) -> dict[str, Any]:
-    """The part that is known with the model: vocabulary, pattern and adapter of each layer."""
+    """The part that is known with the model: vocabulary; pattern, method, adapter of each layer."""
     signature: dict[str, Any] = {"vocabulary": vocab_size}
-    for name, layer in sparse_layers(model):
-        signature[f"pattern of {name}"] = str(layer.pattern)
+    for name, layer in adapted_layers(model):
+        signature[f"pattern of {name}"], signature[f"method of {name}"] = _pruning(layer)
         if layer.adapter is not None:
             signature[f"{_RANK}{name}"] = layer.adapter.rank
     return signature
+
+
+def _pruning(layer: AdaptedLinear) -> tuple[str, str]:
+    """Pattern and method of a layer, as far as its weights, masks or products depend on them."""
+    pattern, method = str(layer.pattern), "static-weight"
+    owner: object = layer
+    if isinstance(layer, PrunedLinear):
+        method, owner = layer.method.note, layer.method
+        if layer.method.sparsity is not None:
+            return f"{layer.method.sparsity:g}%", method
+    for choice in _CHOICES_OF_A_METHOD:
+        if not getattr(owner, choice, True):
+            method += f", {choice}=False"
+    return pattern, method
 
 
 def check(saved: Mapping[str, Any], here: Mapping[str, Any], path: Path, whole: bool) -> list[str]:

@@ -1,0 +1,87 @@
+"""What the commands share: parsers, the printed configuration, and how an error is said."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from slope import configs
+
+OVERRIDES = """\
+overrides:
+  experiment=owt/gpt2s    a whole recipe (`slope config --list` shows all)
+  model=, datamodule=, pruner=, optimizer=, scheduler=   one part of it
+  key=value               one value, for example trainer.max_steps=1000 pruner.add_lora=True
+  +key=value              a key that the configuration does not have
+"""
+
+
+def parser(command: str, about: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the options that every command has.
+
+    Args:
+        command: its name.
+        about: what it does, one sentence.
+        epilog: printed as it stands below the options; the place for examples.
+    """
+    made = argparse.ArgumentParser(
+        prog=f"slope {command}",
+        description=about,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "--traceback",
+        action="store_true",
+        help="show where an error came from (or set SLOPE_TRACEBACK=1)",
+    )
+    return made
+
+
+def print_config(overrides: Sequence[str], show_traceback: bool = False) -> int:
+    """Print the resolved configuration as YAML; the exit code."""
+    try:
+        cfg = configs.compose(overrides)
+    except ValueError as error:
+        return usage_error(error, show_traceback)
+
+    from omegaconf import OmegaConf
+
+    print(OmegaConf.to_yaml(cfg, resolve=True), end="")
+    return 0
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of a run or the one of them that speaks."""
+    return all(os.environ.get(key, "0") == "0" for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def wants_traceback() -> bool:
+    """Whether the environment asks for tracebacks."""
+    return os.environ.get("SLOPE_TRACEBACK", "") not in ("", "0")
+
+
+def usage_error(error: Exception, show_traceback: bool) -> int:
+    """Say that the command line was wrong; exit code 2."""
+    if show_traceback or wants_traceback():
+        traceback.print_exception(error)
+    return fail(str(error), 2)
+
+
+def message(error: Exception) -> str:
+    """What is printed of an error."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] != "slope":
+        return f'{error.name} is not installed; type: pip install "slope-llm[train]"'
+    if isinstance(error, (ValueError, RuntimeError, OSError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error} (SLOPE_TRACEBACK=1 shows where)"
+
+
+def fail(text: str, code: int) -> int:
+    """Print one message on standard error and hand back the exit code."""
+    print(f"slope: error: {text}", file=sys.stderr)
+    return code

@@ -1,0 +1,79 @@
+"""``slope compare``: several methods side by side."""
+
+from __future__ import annotations
+
+import sys
+
+from slope.cli import common
+
+ABOUT = "train several methods on the same data and seeds; table and figure"
+_EPILOG = f"""\
+{common.OVERRIDES}
+The overrides hold for every method. Runs are under logs/<name>/<method>/seed<k>, tables and figure
+in logs/<name>. Ctrl-C saves all runs, and the same command goes on; what has finished is not
+repeated. Exit code 1 if a run failed; one that diverged is a result, not a failure.
+
+examples:
+  slope compare experiment=compare/smoke
+  slope compare experiment=compare/small --list
+  slope compare experiment=compare/small --only dense,slope --jobs 2
+  slope compare experiment=compare/small name=longer trainer.max_steps=6400 'compare.seeds=[0,1]'
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Do the runs that are still to do, and show all results."""
+    parser = common.parser(
+        "compare",
+        "Train several methods on the same data order, initial weights, steps and seeds.",
+        _EPILOG,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="override", help="see below")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at once; default: one per core on a CPU, 1 on a GPU",
+    )
+    parser.add_argument(
+        "--only", metavar="METHOD,METHOD", help="run these methods; the table shows all that exist"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list the methods, or the comparisons, and do nothing"
+    )
+    options = parser.parse_intermixed_args(arguments)
+
+    from slope.compare import plan
+
+    if options.list and not options.overrides:
+        for name in plan.choices():
+            print(f"experiment={name}")
+        return 0
+    try:
+        if options.jobs is not None and options.jobs < 1:
+            raise ValueError(f"--jobs {options.jobs} must be at least 1.")
+        comparison = plan.load(options.overrides)
+        runs = plan.select(comparison, options.only and options.only.split(","))
+    except ValueError as error:
+        return common.usage_error(error, options.traceback)
+    if options.list:
+        for method in comparison.methods.values():
+            print(f"{method.label:<20} {method.about}")
+        return 0
+    print(
+        f"slope: compare name={comparison.name}: {len(runs)} runs, "
+        f"{sum(run.state() in plan.ENDED for run in runs)} of them ended before",
+        flush=True,
+    )
+
+    from slope.compare.program import compare
+
+    command = ["slope", "compare", *arguments]
+    outcome = compare(comparison, runs, options.jobs, command)
+    if outcome.interrupted:
+        return 130
+    if outcome.failed:
+        for name, reason in outcome.failed.items():
+            print(f"slope: error: {name} failed: {reason}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,51 @@
+"""``slope train``: a whole run."""
+
+from __future__ import annotations
+
+from slope import configs
+from slope.cli import common
+
+ABOUT = "pretrain a model"
+_EPILOG = f"""\
+{common.OVERRIDES}
+examples:
+  slope train experiment=demo
+  slope train experiment=smoke name=first datamodule=text datamodule.data_files=corpus.txt
+  slope train experiment=owt/gpt2s pruner=slope trainer.devices=8 name=my-run resume=True
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Compose the configuration, say so, and train."""
+    parser = common.parser("train", "Pretrain a model.", _EPILOG)
+    parser.add_argument("overrides", nargs="*", metavar="override", help="see below")
+    parser.add_argument(
+        "--cfg", action="store_true", help="print the resolved configuration and do nothing"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    if not options.overrides:
+        names = configs.choices("experiment")
+        listed = ", ".join(name for name in names if not name.startswith("compare/"))
+        return common.fail(f"nothing to train; add experiment=demo or another of {listed}.", 2)
+    if options.cfg:
+        return common.print_config(options.overrides)
+    from slope.training.pruner import check_pruner
+
+    try:
+        cfg = configs.compose(options.overrides)
+        if cfg.compare is not None:
+            raise ValueError(
+                f"{cfg.name} is a comparison of several methods; type `slope compare "
+                f"{' '.join(options.overrides)}`."
+            )
+        check_pruner(cfg.pruner)
+    except ValueError as error:
+        return common.usage_error(error, options.traceback)
+    if common.is_first_process():
+        chosen = [o.partition("=")[2] for o in options.overrides if o.startswith("experiment=")]
+        experiment = chosen[-1] if chosen else "none"
+        print(f"slope: train experiment={experiment} name={cfg.name}", flush=True)
+
+    from slope.training import run as train
+
+    return 130 if train(cfg).get("interrupted") else 0

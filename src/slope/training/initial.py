@@ -1,0 +1,174 @@
+"""``init_from``: start a run from trained weights, dense or with zeros.
+
+Three things will do: a checkpoint of a run (a file, or the folder that holds it), a folder of
+:func:`slope.save_pretrained`, and a folder of transformers' ``save_pretrained``. What the run was
+sparsified with is undone first: the model gets dense weights, with the zeros that its forward had
+and with its active adapters folded in. The new run then chooses masks of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import slope
+from slope.linear import AdaptedLinear
+from slope.training import checkpoint as checkpoints
+from slope.training import pruner
+
+_MODULE = "model."
+_CONFIG, _SLOPE = "config.json", "slope.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Trained weights that were found.
+
+    Attributes:
+        path: the checkpoint, or the exported folder.
+        content: of the checkpoint; None for a folder.
+    """
+
+    path: Path
+    content: dict[str, Any] | None
+
+
+def locate(init_from: str | Path) -> Path:
+    """The file or folder that ``init_from`` names.
+
+    Raises:
+        FileNotFoundError: if there is none, or nothing in it to start from.
+    """
+    path = Path(init_from)
+    inside = path.is_dir() and (
+        bool(checkpoints.saved(path)) or any((path / name).is_file() for name in (_SLOPE, _CONFIG))
+    )
+    if not path.is_file() and not inside:
+        what = "holds nothing to start from" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"init_from={path} {what}; give a checkpoint (checkpoints/my-run, or a file in it) or "
+            "a folder of save_pretrained."
+        )
+    return path
+
+
+def read(init_from: str | Path) -> Weights:
+    """Read a checkpoint, or find the folder.
+
+    Raises:
+        FileNotFoundError: if there is nothing to start from.
+        RuntimeError: if the checkpoint is damaged.
+    """
+    path = locate(init_from)
+    if path.is_file():
+        return Weights(path, checkpoints.load(path))
+    if any((path / name).is_file() for name in (_SLOPE, _CONFIG)):
+        return Weights(path, None)
+    found = checkpoints.find(path)
+    assert found is not None  # locate() saw one, and none that is usable is an error
+    return Weights(found.path, found.content)
+
+
+def check(weights: Weights, model_section: Mapping[str, Any], max_length: int) -> None:
+    """See whether a checkpoint fits the model of a configuration, before the data is known.
+
+    Args:
+        weights: a folder is checked when it is loaded.
+        model_section: the ``model`` section.
+        max_length: longest sequence, in tokens.
+
+    Raises:
+        ValueError: if it does not fit, with the differences.
+    """
+    from slope.models import build_model
+
+    if weights.content is not None:
+        vocabulary = int(weights.content["slope"]["signature"]["vocabulary"])
+        with torch.device("meta"):
+            model = build_model(model_section, vocabulary, max_length)
+            _make_alike(model, weights)
+
+
+def load_into(model: nn.Module, weights: Weights) -> None:
+    """Give a dense model the trained weights; it stays dense, in training mode.
+
+    Raises:
+        ValueError: if they do not fit the model, with the differences.
+    """
+    if weights.content is not None:
+        model.load_state_dict(_make_alike(model, weights))
+        section, steps = pruner_section(weights.content), int(weights.content["global_step"])
+        saved = weights.content["slope"]["signature"]
+        run = pruner.schedule(section, int(saved["trainer.max_steps"]))
+        pruner.put_to_work(model, run, steps)
+    elif (weights.path / _SLOPE).is_file():
+        try:
+            slope.load_pretrained(weights.path, model=model)
+        except ValueError as error:
+            raise ValueError(
+                f"init_from={weights.path} does not fit this model: {error}"
+            ) from error
+    else:
+        _load_transformers(model, weights.path)
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        slope.densify(model, fold_adapters=True)
+    model.to(torch.get_default_dtype()).train()
+
+
+def _make_alike(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """Sparsify ``model`` as the checkpoint's run did; weights for it, names and shapes checked."""
+    assert weights.content is not None
+    section = pruner_section(weights.content)
+    try:
+        pruner.apply(section, model, choose_masks=False)
+    except ValueError as error:
+        raise ValueError(f"init_from={weights.path} does not fit this model: {error}") from error
+    state = {
+        name.removeprefix(_MODULE): tensor for name, tensor in weights.content["state_dict"].items()
+    }
+    here = model.state_dict()
+    _check_same(
+        weights.path,
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        {name: tuple(tensor.shape) for name, tensor in here.items()},
+    )
+    return state
+
+
+def pruner_section(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``pruner`` section of the checkpoint's run."""
+    saved, prefix = content["slope"]["signature"], "pruner."
+    section = dict(pruner.defaults())
+    section |= {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+    # Who computed its products does not matter here.
+    return section | {"backend": "auto", "accelerate": False}
+
+
+def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    differences = [
+        f"{name} is {there.get(name, 'absent')} in it and {here.get(name, 'absent')} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise ValueError(
+            f"init_from={path} does not fit this model: {'; '.join(differences[:3])}{more}. Start "
+            "from weights of the same model= and tokenizer, or leave init_from away."
+        )
+
+
+def _load_transformers(model: nn.Module, path: Path) -> None:
+    kind: Any = type(model)
+    loaded, info = kind.from_pretrained(path, output_loading_info=True, local_files_only=True)
+    there = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
+    there = {name: shape for name, shape in there.items() if name not in info["missing_keys"]}
+    _check_same(
+        path, there, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    )
+    model.load_state_dict(loaded.state_dict())
