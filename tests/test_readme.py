@@ -57,8 +57,13 @@ def test_every_command_line_is_right(words):
         script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
         assert (ROOT / words[script]).is_file()
         check_training(words[script + 1 :])
+    elif words[:2] == ["slope", "compare"]:
+        from slope import configs
+
+        overrides = [word for word in rest[1:] if not word.startswith("--")]
+        assert configs.compose(overrides).compare.methods
     else:
-        assert words[:2] == ["slope", "plot"], f"nobody checks {program!r}"
+        assert words[:2] in (["slope", "plot"], ["slope", "inspect"]), f"nobody checks {program!r}"
 
 
 @pytest.mark.parametrize("document", **named([d for d in DOCUMENTS if blocks(d, "python")]))
