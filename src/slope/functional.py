@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slope.backends import Backend, Operands
+from slope.backends import Backend, Operands, SparseWeight
 from slope.pattern import NMPattern
 
 
@@ -38,31 +38,21 @@ class _SlopeLinear(torch.autograd.Function):
         # before each forward.
         ctx.buffers = metadata, column_mask
         ctx.save_for_backward(x_TI, values_OK)
-        if operands is None:
-            values = values_OK.to(x_TI.dtype)
-            w_r = backend.forward_operand(values, metadata, pattern, x_TI.shape[1])
-        else:
-            w_r = operands.w_r
-        return backend.forward(x_TI, w_r, bias_O)
+        weight = SparseWeight(values_OK, metadata, column_mask, pattern, x_TI.shape[1])
+        return backend.forward(x_TI, weight, bias_O, operands)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         dy_TO = grad_outputs[0]
         x_TI, values_OK = ctx.saved_tensors
+        metadata, column_mask = ctx.buffers
+        weight = SparseWeight(values_OK, metadata, column_mask, ctx.pattern, x_TI.shape[1])
         dx_TI = dvalues_OK = dbias_O = None
         if ctx.needs_input_grad[0]:
-            if ctx.operands is None:
-                values = values_OK.to(dy_TO.dtype)
-                w_rc = ctx.backend.backward_operand(
-                    values, *ctx.buffers, ctx.pattern, x_TI.shape[1]
-                )
-            else:
-                w_rc = ctx.operands.w_rc
-            dx_TI = ctx.backend.input_gradient(dy_TO, w_rc)
+            dx_TI = ctx.backend.input_gradient(dy_TO, weight, ctx.operands)
         if ctx.needs_input_grad[1]:
-            dvalues_OK = ctx.backend.values_gradient(dy_TO, x_TI, ctx.buffers[0], ctx.pattern)
-            dvalues_OK = dvalues_OK.to(values_OK.dtype)
+            dvalues_OK = ctx.backend.values_gradient(dy_TO, x_TI, weight)
         if ctx.needs_input_grad[2]:
             dbias_O = dy_TO.sum(0)
         return dx_TI, dvalues_OK, dbias_O, None, None, None, None, None

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from slope.adapters import Adapter
-from slope.backends import Backend, Operands, get_backend
+from slope.backends import Backend, Operands, SparseWeight, get_backend
 from slope.compressed import (
-    column_indices,
     compress,
     decompress,
     keep_mask_from_metadata,
@@ -23,7 +22,7 @@ from slope.compressed import (
     unpack_bits,
 )
 from slope.functional import slope_linear
-from slope.masks import row_keep_mask, survivors
+from slope.masks import row_keep_mask
 from slope.pattern import NMPattern
 
 
@@ -204,7 +203,7 @@ class SlopeLinear(AdaptedLinear):
         self.pattern = NMPattern.parse(pattern)
         self.column_mask_interval = column_mask_interval
         self.prune_backward = prune_backward
-        self._backend: Backend = get_backend(backend)
+        self._backend: Backend = get_backend(backend, prune_backward)
         self.origin = "Linear"
         check_divides(in_features, out_features, self.pattern)
         kept = self.pattern.kept(in_features)
@@ -306,9 +305,13 @@ class SlopeLinear(AdaptedLinear):
         if not self.prune_backward:
             self.column_mask.copy_(pack_bits(torch.ones_like(self.values, dtype=torch.bool)))
             return
-        columns = column_indices(self.metadata, self.pattern, self.in_features)
-        survives = survivors(self.values.detach(), columns, self.in_features, self.pattern)
-        self.column_mask.copy_(pack_bits(survives))
+        self._backend.refresh_column_mask(self.compressed_weight())
+
+    def compressed_weight(self) -> SparseWeight:
+        """The tensors of this layer as a backend reads them."""
+        return SparseWeight(
+            self.values, self.metadata, self.column_mask, self.pattern, self.in_features
+        )
 
     def keep_mask(self) -> Tensor:
         """Row mask of W^R, (O, I) bool."""
@@ -361,11 +364,7 @@ class SlopeLinear(AdaptedLinear):
         if not self._cache.holds(self, dtype):
             if refresh:
                 self.refresh_column_mask()
-            values = self.values.detach().to(dtype)
-            where = (self.pattern, self.in_features)
-            w_r = self._backend.forward_operand(values, self.metadata, *where)
-            w_rc = self._backend.backward_operand(values, self.metadata, self.column_mask, *where)
-            self._cache.store(self, Operands(w_r, w_rc))
+            self._cache.store(self, self._backend.expand(self.compressed_weight(), dtype))
         assert self._cache.operands is not None
         return self._cache.operands
 

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from slope.backends.dense import Backend, DenseBackend, Operands
-from slope.pattern import NMPattern
+from slope.backends.base import Backend, Operands, SparseWeight
+from slope.backends.dense import DenseBackend
+from slope.backends.dispatch import PATHS, AutoBackend
+from slope.backends.support import why_not_sparse_kernels
 
-__all__ = ["Backend", "DenseBackend", "Operands", "get_backend", "why_not_sparse_kernels"]
+__all__ = [
+    "Backend",
+    "DenseBackend",
+    "Operands",
+    "SparseWeight",
+    "get_backend",
+    "why_not_sparse_kernels",
+]
 
 
-def get_backend(name: str) -> Backend:
-    """The backend of that name; ``"auto"`` is the dense reference, the only one so far.
+def get_backend(name: str, prune_backward: bool = True) -> Backend:
+    """The backend of that name; ``"auto"`` takes the fastest that serves a product.
+
+    Args:
+        name: ``"auto"``, ``"dense"`` or ``"cusparselt"``.
+        prune_backward: False for layers whose column mask keeps everything.
 
     Raises:
         ValueError: if there is none of that name.
     """
-    if name in ("auto", DenseBackend.name):
+    if name == DenseBackend.name:
         return DenseBackend()
-    raise ValueError(f"backend={name!r} is unknown; choose 'auto' or {DenseBackend.name!r}.")
-
-
-def why_not_sparse_kernels(pattern: NMPattern | str, device_type: str) -> str | None:
-    """Why no sparse tensor core can run the products of SLoPe; None if one can.
-
-    Args:
-        pattern: of the weights.
-        device_type: of the tensors, as ``torch.device`` has it: ``"cpu"``, ``"cuda"``.
-
-    Returns:
-        The reason, as the end of a sentence.
-    """
-    if str(pattern) != "2:4":
-        return f"sparse tensor cores run the pattern 2:4 alone, not {pattern}"
-    if device_type != "cuda":
-        return f"device type {device_type!r} has no sparse tensor cores"
-    return "this version of slope has no sparse kernels"
+    if name == "auto" or name in PATHS:
+        return AutoBackend(None if name == "auto" else name, prune_backward)
+    known = ", ".join(("auto", DenseBackend.name, *PATHS))
+    raise ValueError(f"backend={name!r} is unknown; choose one of {known}.")

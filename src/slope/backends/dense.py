@@ -6,55 +6,13 @@ T tokens, I = d_in, O = d_out, K kept per row.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import torch
 from torch import Tensor
 
-from slope.compressed import column_indices, decompress, unpack_bits
+from slope.backends.base import AdapterTerm, Operands, SparseWeight
+from slope.compressed import column_indices, decompress, pack_bits, unpack_bits
+from slope.masks import survivors
 from slope.pattern import NMPattern
-
-
-class Operands(NamedTuple):
-    """Prepared operands: W^R for the forward, W^{R,C} for the input gradient."""
-
-    w_r: Tensor
-    w_rc: Tensor
-
-
-class Backend(Protocol):
-    """The three products of a sparse linear layer and the operands that they read."""
-
-    name: str
-
-    def why_not(self, pattern: NMPattern, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Reason why this backend cannot serve such a layer, or None if it can."""
-
-    def forward_operand(
-        self, values: Tensor, metadata: Tensor, pattern: NMPattern, in_features: int
-    ) -> Tensor:
-        """W^R in this backend's layout."""
-
-    def backward_operand(
-        self,
-        values: Tensor,
-        metadata: Tensor,
-        column_mask: Tensor,
-        pattern: NMPattern,
-        in_features: int,
-    ) -> Tensor:
-        """W^{R,C} in this backend's layout."""
-
-    def forward(self, x: Tensor, w_r: Tensor, bias: Tensor | None) -> Tensor:
-        """Y = X (W^R)ᵀ + b."""
-
-    def input_gradient(self, dy: Tensor, w_rc: Tensor) -> Tensor:
-        """∇X = ∇Y W^{R,C}."""
-
-    def values_gradient(
-        self, dy: Tensor, x: Tensor, metadata: Tensor, pattern: NMPattern
-    ) -> Tensor:
-        """∇values = (∇Yᵀ X)[kept]."""
 
 
 class DenseBackend:
@@ -66,35 +24,52 @@ class DenseBackend:
         """None: the reference serves everything."""
         return None
 
-    def forward_operand(
-        self, values: Tensor, metadata: Tensor, pattern: NMPattern, in_features: int
-    ) -> Tensor:
-        """W^R, (O, I) with zeros, dtype of ``values``."""
-        return decompress(values, metadata, pattern, in_features)
+    def expand(self, weight: SparseWeight, dtype: torch.dtype) -> Operands:
+        """W^R and W^{R,C}, (O, I) with zeros."""
+        return Operands(self.forward_operand(weight, dtype), self.backward_operand(weight, dtype))
 
-    def backward_operand(
+    def forward_operand(self, weight: SparseWeight, dtype: torch.dtype) -> Tensor:
+        """W^R, (O, I) with zeros."""
+        values = weight.values.detach().to(dtype)
+        return decompress(values, weight.metadata, weight.pattern, weight.in_features)
+
+    def backward_operand(self, weight: SparseWeight, dtype: torch.dtype) -> Tensor:
+        """W^{R,C}, (O, I) with zeros."""
+        values = weight.values.detach().to(dtype)
+        survives = unpack_bits(weight.column_mask, values.shape[1])
+        kept = torch.where(survives, values, torch.zeros_like(values))
+        return decompress(kept, weight.metadata, weight.pattern, weight.in_features)
+
+    def forward(
         self,
-        values: Tensor,
-        metadata: Tensor,
-        column_mask: Tensor,
-        pattern: NMPattern,
-        in_features: int,
+        x: Tensor,
+        weight: SparseWeight,
+        bias: Tensor | None,
+        operands: Operands | None = None,
+        adapter: AdapterTerm | None = None,
     ) -> Tensor:
-        """W^{R,C}, (O, I) with zeros, dtype of ``values``."""
-        survives = unpack_bits(column_mask, values.shape[1])
-        survivors = torch.where(survives, values, torch.zeros_like(values))
-        return decompress(survivors, metadata, pattern, in_features)
+        """(T, I) -> (T, O)."""
+        w_r = self.forward_operand(weight, x.dtype) if operands is None else operands.w_r
+        y = torch.nn.functional.linear(x, w_r, bias)
+        if adapter is not None and adapter.down is not None and adapter.up is not None:
+            low = torch.nn.functional.linear(x, adapter.down)
+            y = y + torch.nn.functional.linear(low, adapter.up) * adapter.scale
+        return y
 
-    def forward(self, x: Tensor, w_r: Tensor, bias: Tensor | None) -> Tensor:
-        """(T, I), (O, I), (O,) -> (T, O)."""
-        return torch.nn.functional.linear(x, w_r, bias)
-
-    def input_gradient(self, dy: Tensor, w_rc: Tensor) -> Tensor:
-        """(T, O), (O, I) -> (T, I)."""
+    def input_gradient(
+        self, dy: Tensor, weight: SparseWeight, operands: Operands | None = None
+    ) -> Tensor:
+        """(T, O) -> (T, I)."""
+        w_rc = self.backward_operand(weight, dy.dtype) if operands is None else operands.w_rc
         return dy @ w_rc
 
-    def values_gradient(
-        self, dy: Tensor, x: Tensor, metadata: Tensor, pattern: NMPattern
-    ) -> Tensor:
+    def values_gradient(self, dy: Tensor, x: Tensor, weight: SparseWeight) -> Tensor:
         """(T, O), (T, I) -> (O, K): a dense product of which only the kept entries stay."""
-        return (dy.t() @ x).gather(1, column_indices(metadata, pattern, x.shape[1]))
+        columns = column_indices(weight.metadata, weight.pattern, weight.in_features)
+        return (dy.t() @ x).gather(1, columns).to(weight.values.dtype)
+
+    def refresh_column_mask(self, weight: SparseWeight) -> None:
+        """(O, ceil(K/8)) uint8, written in place."""
+        columns = column_indices(weight.metadata, weight.pattern, weight.in_features)
+        survives = survivors(weight.values.detach(), columns, weight.in_features, weight.pattern)
+        weight.column_mask.copy_(pack_bits(survives))

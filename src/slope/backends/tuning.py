@@ -1,0 +1,186 @@
+"""Which path is the fastest for a product: measured once, remembered on disk.
+
+A choice belongs to (operation, shape, bucket of tokens, dtypes, GPU, library versions). Paths are
+timed as a user runs them, back to back on the current stream, so a path that keeps the host longer
+than the GPU loses where it should.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from slope.backends.choices import ChoiceStore
+
+log = logging.getLogger(__name__)
+
+ROUNDS = 5
+CALLS_PER_ROUND = 8
+
+
+@dataclass(frozen=True)
+class ProductKey:
+    """What a choice is made for.
+
+    Attributes:
+        operation: ``"forward"`` or ``"input_gradient"``.
+        out_features: O of the layer.
+        in_features: I of the layer.
+        tokens: bucket of tokens, a power of two.
+        dtype: of the product.
+        values_dtype: of the parameter, which is cast on the way.
+        aliased: whether the values lie in the packed operand already.
+        adapter_rank: of an adapter computed along, 0 without.
+    """
+
+    operation: str
+    out_features: int
+    in_features: int
+    tokens: int
+    dtype: str
+    values_dtype: str
+    aliased: bool = False
+    adapter_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A path and why.
+
+    Attributes:
+        path: its name.
+        algorithm: cuSPARSELt's algorithm id where the path needs one.
+        microseconds: what was measured, by path.
+        refused: paths that could not be measured, with the reason.
+    """
+
+    path: str
+    algorithm: int | None = None
+    microseconds: Mapping[str, float] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def reason(self) -> str:
+        """One line for a report."""
+        times = sorted(self.microseconds.items(), key=lambda pair: pair[1])
+        text = ", ".join(f"{path} {time:.1f} µs" for path, time in times)
+        refused = "; ".join(f"{path}: {why}" for path, why in self.refused.items())
+        return "; ".join(part for part in (text, refused) if part) or "not measured"
+
+
+def bucket(tokens: int) -> int:
+    """The power of two nearest to a token count, from 1.
+
+    Example:
+        >>> [bucket(t) for t in (1, 3, 96, 1000, 16384)]
+        [1, 4, 128, 1024, 16384]
+    """
+    below = 1 << (tokens.bit_length() - 1)
+    return below if tokens * tokens < 2 * below * below else 2 * below
+
+
+class Tuner:
+    """Chooses paths, measuring each product once.
+
+    Args:
+        store: where choices outlive the process.
+        machine: GPU and library versions, part of every key on disk.
+        timer: (callable) -> µs of one call; stands for the GPU's clock in tests.
+    """
+
+    def __init__(
+        self,
+        store: ChoiceStore,
+        machine: Mapping[str, str],
+        timer: Callable[[Mapping[str, Callable[[], Any]]], dict[str, float]] | None = None,
+    ) -> None:
+        self._store = store
+        self._machine = dict(machine)
+        self._timer = timer or time_interleaved
+        self._known: dict[ProductKey, Choice] = {}
+
+    def known(self) -> dict[ProductKey, Choice]:
+        """Choices made or read so far."""
+        return dict(self._known)
+
+    def choose(
+        self,
+        key: ProductKey,
+        paths: Mapping[str, Callable[[int | None], Any]],
+        search: Callable[[], int],
+        can_measure: Callable[[], bool],
+    ) -> Choice:
+        """The fastest path for a product.
+
+        Args:
+            key: the product.
+            paths: by name, in order of preference when nothing can be measured; each takes an
+                algorithm id or None and does the product once.
+            search: finds cuSPARSELt's algorithm.
+            can_measure: False while a CUDA graph is captured.
+
+        Returns:
+            The choice; a path that fails while it is measured is left out, with the reason.
+        """
+        found = self._known.get(key)
+        if found is not None:
+            return found
+        on_disk = self._store.load(self._on_disk(key))
+        if on_disk is not None and on_disk.get("path") in paths:
+            found = Choice(**on_disk)
+            self._known[key] = found
+            return found
+        if not can_measure():
+            return Choice("dense", refused={"all": "a CUDA graph is being captured"})
+        found = self._measure(paths, search)
+        self._known[key] = found
+        self._store.save(self._on_disk(key), asdict(found))
+        log.info("%s: %s (%s)", key, found.path, found.reason())
+        return found
+
+    def _on_disk(self, key: ProductKey) -> dict[str, Any]:
+        return asdict(key) | self._machine
+
+    def _measure(
+        self, paths: Mapping[str, Callable[[int | None], Any]], search: Callable[[], int]
+    ) -> Choice:
+        algorithm: int | None = None
+        refused: dict[str, str] = {}
+        ready: dict[str, Callable[[], Any]] = {}
+        for name, path in paths.items():
+            try:
+                chosen = None
+                if name == "cusparselt":
+                    chosen = algorithm = search()
+                call = functools.partial(path, chosen)
+                call()
+                ready[name] = call
+            except (RuntimeError, ValueError) as error:  # out of memory is a RuntimeError
+                refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
+        if not ready:
+            raise RuntimeError(f"no path can do this product: {refused}")
+        times = self._timer(ready)
+        best = min(times, key=lambda name: times[name])
+        return Choice(best, algorithm if best == "cusparselt" else None, times, refused)
+
+
+def time_interleaved(paths: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median µs per call of each path, the paths taking turns; synchronises."""
+    samples: dict[str, list[float]] = {name: [] for name in paths}
+    for round_ in range(ROUNDS + 1):
+        for name, call in paths.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            begin.record()
+            for _ in range(CALLS_PER_ROUND):
+                call()
+            end.record()
+            torch.cuda.synchronize()
+            if round_:  # the first round warms up
+                samples[name].append(begin.elapsed_time(end) / CALLS_PER_ROUND * 1e3)
+    return {name: statistics.median(times) for name, times in samples.items()}

@@ -1,0 +1,94 @@
+"""Run by test_kernels.py with TRITON_INTERPRET=1: each kernel against its plain torch reference."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from fake_cusparselt import unpack
+
+import slope
+from slope.backends.cusparselt import kernels, layout
+from slope.compressed import column_indices, compress, decompress, pack_bits
+from slope.masks import column_keep_mask, row_keep_mask
+
+PATTERN = slope.NMPattern(2, 4)
+# fp32 values that fp16 holds exactly: the interpreter rounds otherwise than a GPU.
+SHAPES = [(64, 64), (128, 320), (256, 128)]
+DTYPES = [torch.float32, torch.float16]
+
+
+def weights(shape, dtype):
+    dense = torch.randn(shape).half().float()
+    row = row_keep_mask(dense, PATTERN)
+    values, metadata = compress(dense.to(dtype), row, PATTERN)
+    column = column_keep_mask(dense * row, row, PATTERN)
+    bits = pack_bits(column[row].view(shape[0], -1))
+    return values, metadata, bits, dense * row, dense * column
+
+
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def pack_rows():
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            values, metadata, *_ = weights(shape, dtype)
+            packed = kernels.pack_rows(values, metadata, torch.float16)
+            same(packed, layout.pack(values.half(), metadata))
+
+
+def pack_columns():
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            values, metadata, bits, _, w_rc = weights(shape, dtype)
+            packed = kernels.pack_columns(values, metadata, bits, torch.float16)
+            same(unpack(packed, shape[1], shape[0]).float(), w_rc.t().contiguous())
+
+
+def select_column_mask():
+    for shape in [*SHAPES, (12, 48), (4, 16)]:
+        for dtype in DTYPES:
+            values, metadata, bits, *_ = weights(shape, dtype)
+            same(kernels.select_column_mask(values, metadata), bits)
+            # Many equal magnitudes, and kept zeros: the upper row wins, and they outrank pruned.
+            ties = (values * 2).round() / 2
+            dense = decompress(ties, metadata, PATTERN, shape[1])
+            row = slope.compressed.keep_mask_from_metadata(metadata, PATTERN, shape[1])
+            column = column_keep_mask(dense, row, PATTERN)
+            out = torch.empty_like(bits)
+            kernels.select_column_mask(ties, metadata, out)
+            same(out, pack_bits(column[row].view(shape[0], -1)))
+
+
+def expand():
+    for shape in [*SHAPES, (4, 48)]:
+        values, metadata, bits, w_r, w_rc = weights(shape, torch.float32)
+        same(kernels.expand(values, metadata, None, torch.float32), w_r)
+        same(kernels.expand(values, metadata, bits, torch.float16), w_rc.half())
+
+
+def gather_gradient():
+    for shape in SHAPES:
+        values, metadata, *_ = weights(shape, torch.float32)
+        gradient = torch.randn(shape)
+        expected = gradient.gather(1, column_indices(metadata, PATTERN, shape[1]))
+        same(kernels.gather_gradient(gradient, metadata, torch.float32), expected)
+        total = torch.randn_like(values)
+        wanted = total + expected
+        kernels.gather_gradient(gradient, metadata, torch.float32, total)
+        same(total, wanted)
+
+
+def low_rank():
+    for tokens, d_in, d_out, rank in ((5, 64, 96, 3), (130, 192, 256, 16), (33, 70, 50, 40)):
+        x, down, up = torch.randn(tokens, d_in), torch.randn(rank, d_in), torch.randn(d_out, rank)
+        expected = 0.3 * (x @ down.t()) @ up.t()
+        actual = kernels.low_rank(x, down, up, 0.3)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    globals()[sys.argv[1]]()
