@@ -70,6 +70,9 @@ class Library:
     Args:
         functions: an object with the functions of ``cusparseLt.h`` as attributes: a
             :class:`ctypes.CDLL`, or a stand-in in tests.
+
+    Raises:
+        CusparseltError: if the library lacks one of the functions.
     """
 
     def __init__(self, functions: Any) -> None:
@@ -105,7 +108,9 @@ class Library:
         }
         self._functions = {}
         for name in _FUNCTIONS:
-            function = getattr(functions, name)
+            function = getattr(functions, name, None)
+            if function is None:
+                raise CusparseltError(f"this cuSPARSELt has no function {name}.")
             function.argtypes, function.restype = signatures[name], number
             self._functions[name] = function
         self.matmul = self._functions["cusparseLtMatmul"]

