@@ -20,16 +20,16 @@ def two_ranks(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("interval", [1, 2])
-def test_two_processes_equal_one_across_the_adapters_start(two_ranks, interval):
-    states = [
-        torch.load(two_ranks / f"interval{interval}_rank{rank}.pt", weights_only=True)
-        for rank in (0, 1)
-    ]
-    alone = ddp_worker.train(rank=0, world_size=1, interval=interval)
+@pytest.mark.parametrize("case", ddp_worker.CASES)
+def test_two_processes_equal_one_across_the_adapters_start(two_ranks, case):
+    states = [torch.load(two_ranks / f"{case}_rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    alone = ddp_worker.train(rank=0, world_size=1, case=case)
+    interval, evolves = ddp_worker.CASES[case]
     fresh = ddp_worker.build(interval).state_dict()
     for name, expected in alone.items():
         assert torch.equal(states[0][name], states[1][name]), f"ranks differ in {name}"
         torch.testing.assert_close(states[0][name], expected, rtol=0, atol=1e-12, msg=name)
         if name.endswith(("values", "up")):
             assert not torch.equal(expected, fresh[name]), f"{name} did not train"
+        if name.endswith("metadata"):
+            assert torch.equal(expected, fresh[name]) is not evolves
