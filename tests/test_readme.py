@@ -62,6 +62,12 @@ def test_every_command_line_is_right(words):
 
         overrides = [word for word in rest[1:] if not word.startswith("--")]
         assert configs.compose(overrides).compare.methods
+    elif words[:2] == ["slope", "finetune"]:
+        from slope.finetune import settings
+
+        settings(rest[1:])
+    elif program == "python":
+        assert (ROOT / rest[0]).is_file()
     else:
         assert words[:2] in (["slope", "plot"], ["slope", "inspect"]), f"nobody checks {program!r}"
 

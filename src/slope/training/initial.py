@@ -101,11 +101,7 @@ def load_into(model: nn.Module, weights: Weights) -> None:
         ValueError: if they do not fit the model, with the differences.
     """
     if weights.content is not None:
-        model.load_state_dict(_make_alike(model, weights))
-        section, steps = pruner_section(weights.content), int(weights.content["global_step"])
-        saved = weights.content["slope"]["signature"]
-        run = pruner.schedule(section, int(saved["trainer.max_steps"]))
-        pruner.put_to_work(model, run, steps)
+        restore(model, weights)
     elif (weights.path / _SLOPE).is_file():
         try:
             slope.load_pretrained(weights.path, model=model)
@@ -118,6 +114,20 @@ def load_into(model: nn.Module, weights: Weights) -> None:
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         slope.densify(model, fold_adapters=True)
     model.to(torch.get_default_dtype()).train()
+
+
+def restore(model: nn.Module, weights: Weights) -> None:
+    """Make a dense model what the run of a checkpoint had at its last step, zeros and adapters too.
+
+    Raises:
+        ValueError: if they do not fit the model, with the differences.
+    """
+    assert weights.content is not None
+    model.load_state_dict(_make_alike(model, weights))
+    section, steps = pruner_section(weights.content), int(weights.content["global_step"])
+    saved = weights.content["slope"]["signature"]
+    run = pruner.schedule(section, int(saved["trainer.max_steps"]))
+    pruner.put_to_work(model, run, steps)
 
 
 def _make_alike(model: nn.Module, weights: Weights) -> dict[str, Tensor]:

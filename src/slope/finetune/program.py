@@ -1,0 +1,219 @@
+"""A whole fine-tuning: one run per seed, and a table of them.
+
+A run's folder holds ``settings.json``, one ``seed<k>`` folder per finished seed (result, losses,
+predictions in the official format), and the table: ``results.csv``, ``results.md``,
+``summary.json``. The same command goes on where it stopped; another one never writes into it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slope.finetune.config import Settings
+
+if TYPE_CHECKING:
+    from slope.finetune.features import WordPieces
+
+log = logging.getLogger(__name__)
+
+_SETTINGS, _RESULT, _MODEL = "settings.json", "result.json", "model"
+_MAY_DIFFER = ("seeds", "progress_bar", "accelerator", "batch_size_eval", "root", "name")
+
+
+def finetune(settings: Settings) -> dict[str, Any]:
+    """Fine-tune once per seed and sum up.
+
+    Returns:
+        What ``summary.json`` holds: mean and spread of each metric over all seeds of the folder.
+
+    Raises:
+        ValueError: if data, tokenizer and checkpoint do not fit, or the folder is of other
+            settings.
+        FileNotFoundError: if a file is missing.
+        RuntimeError: if the hub cannot be reached, or the loss diverges.
+    """
+    folder = settings.directory
+    _check_folder(folder, settings)
+    todo = [seed for seed in settings.seeds if not (folder / f"seed{seed}" / _RESULT).is_file()]
+    if todo:
+        _run(settings, folder, todo)
+    found = (path.read_text(encoding="utf-8") for path in folder.glob(f"seed*[0-9]/{_RESULT}"))
+    results = sorted(map(json.loads, found), key=lambda result: result["seed"])
+    summary = _summary(settings, results)
+    texts = {
+        "results.csv": _csv(results),
+        "results.md": markdown(summary),
+        "summary.json": json.dumps(summary, indent=1) + "\n",
+    }
+    for name, text in texts.items():
+        _write(folder / name, text)
+    return summary
+
+
+def _run(settings: Settings, folder: Path, seeds: Sequence[int]) -> None:
+    from lightning_fabric import Fabric
+
+    import slope
+    from slope.finetune import loop
+    from slope.finetune.features import load_word_pieces
+    from slope.finetune.glue import GlueTask
+    from slope.finetune.model import load_encoder, with_head
+    from slope.finetune.squad import SquadTask
+    from slope.training import rng
+
+    task = SquadTask(settings) if settings.task == "squad" else GlueTask(settings)
+    pieces = load_word_pieces(settings.tokenizer, settings.init_from)
+    encoder = load_encoder(settings, pieces)
+    train, evaluations = task.features(pieces)
+    log.info(
+        "%s: %d inputs to train on, %s to evaluate.",
+        settings.task,
+        len(train),
+        " + ".join(str(len(features)) for features in evaluations.values()),
+    )
+    precision: Any = settings.precision  # one of PRECISIONS, which Fabric knows
+    fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / _SETTINGS, json.dumps(_fixed(settings), indent=1) + "\n")
+    for seed in seeds:
+        began = time.monotonic()
+        rng.seed_all(seed)
+        model = with_head(encoder, task.head, task.outputs)
+        losses = loop.train(model, train, pieces, settings, seed, fabric)
+        outputs = {
+            split: loop.predict(model, features, pieces, settings, fabric)
+            for split, features in evaluations.items()
+        }
+        scores = task.score(outputs)
+        result = {
+            "seed": seed,
+            **scores,
+            "train_loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]),
+            "steps": len(losses),
+            "seconds": round(time.monotonic() - began, 1),
+            "layers": slope.sparsity_report(model).summary(),
+        }
+        rows = "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, start=1))
+        files = task.predictions(outputs) | {
+            "losses.csv": f"step,loss\n{rows}",
+            _RESULT: json.dumps(result, indent=1) + "\n",
+        }
+        _save(folder / f"seed{seed}", files, model.cpu() if settings.save else None, pieces)
+        log.info("seed %d: %s", seed, ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+
+
+def _save(folder: Path, files: Mapping[str, str], model: Any, pieces: WordPieces) -> None:
+    """Write what a seed gave, all of it or nothing."""
+    draft = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    for name, text in files.items():
+        (draft / name).write_text(text, encoding="utf-8")
+    if model is not None:
+        _save_model(model, draft / _MODEL, pieces)
+    os.replace(draft, folder)
+
+
+def _save_model(model: Any, folder: Path, pieces: WordPieces) -> None:
+    import slope
+    from slope.convert import adapted_layers
+
+    if any(True for _ in slope.sparse_layers(model)):
+        slope.save_pretrained(model, folder, pieces.backend)
+        return
+    if any(True for _ in adapted_layers(model)):  # masks that have no compressed form
+        slope.densify(model, fold_adapters=True)
+    model.save_pretrained(folder)
+    pieces.backend.save(str(folder / "tokenizer.json"))
+
+
+def _check_folder(folder: Path, settings: Settings) -> None:
+    path = folder / _SETTINGS
+    if not path.is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"'{folder}' holds something else; type name=<another>.")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = _fixed(settings)
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"'{folder}' is of other settings: {key} is {before.get(key)} in it and "
+                f"{now.get(key)} here; type name=<another>, or the settings that it was begun with."
+            )
+
+
+def _fixed(settings: Settings) -> dict[str, Any]:
+    """What all seeds of a folder share."""
+    return {key: value for key, value in asdict(settings).items() if key not in _MAY_DIFFER}
+
+
+def _summary(settings: Settings, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    means = {}
+    for name, first in results[0].items():
+        if isinstance(first, float):
+            values = [result[name] for result in results]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            means[name] = {"mean": statistics.fmean(values), "std": spread, "values": values}
+    return {
+        "task": settings.task,
+        "init_from": settings.init_from,
+        "dense": settings.dense,
+        "layers": results[0]["layers"],
+        "seeds": [result["seed"] for result in results],
+        "metrics": means,
+        "settings": _fixed(settings),
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+    }
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The table for readers: one row per seed, then mean ± standard deviation."""
+    metrics = {k: v for k, v in summary["metrics"].items() if k != "seconds"}
+    lines = [
+        f"# {summary['task']} from {summary['init_from']}",
+        "",
+        f"{summary['layers']}. {'All weights' if summary['dense'] else 'Kept weights'} trained; "
+        "metrics in percent; ± is the standard deviation over the seeds.",
+        "",
+        f"| seed | {' | '.join(metrics)} |",
+        "|---|" + "---:|" * len(metrics),
+    ]
+    for row, seed in enumerate(summary["seeds"]):
+        cells = (f"{entry['values'][row]:.2f}" for entry in metrics.values())
+        lines.append(f"| {seed} | {' | '.join(cells)} |")
+    cells = (_spread(entry) for entry in metrics.values())
+    lines.append(f"| mean | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(entry: Mapping[str, Any]) -> str:
+    std = "" if entry["std"] is None else f" ± {entry['std']:.2f}"
+    return f"{entry['mean']:.2f}{std}"
+
+
+def _csv(results: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(results[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(results)
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
