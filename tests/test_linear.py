@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import oracle
 import slope
+from slope.backends import DenseBackend
 
 PATTERNS = ["1:2", "2:4", "1:4", "2:8", "4:8", "2:16", "3:4"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -628,3 +629,53 @@ def test_column_mask_of_an_exact_layer_is_all_ones_and_stays(text):
         layer(torch.randn(2, 12)).sum().backward()
         layer.refresh_column_mask()
         assert torch.equal(layer.column_mask, mask)
+
+
+def test_frozen_values_move_into_the_operand_of_a_backend_and_stay_the_same():
+    class Sharing(DenseBackend):
+        """Multiplies by the operand that it is handed."""
+
+        def __init__(self):
+            self.made, self.seen = 0, []
+
+        def share_operand(self, weight):
+            self.made += 1
+            packed = torch.cat([weight.values.detach().flatten(), torch.zeros(8)])
+            weight.values.data = packed[: weight.values.numel()].view(weight.values.shape)
+            return packed
+
+        def forward(self, x, weight, bias, operands=None, adapter=None):
+            self.seen.append(weight.packed)
+            return super().forward(x, weight, bias, operands, adapter)
+
+    layer = slope.SlopeLinear(32, 16)
+    layer._backend = backend = Sharing()
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        expected = layer(x)
+        assert backend.seen == [None] and backend.made == 0  # it may still be trained
+        layer.requires_grad_(False)
+        before = layer.values.clone()
+        for _ in range(3):
+            torch.testing.assert_close(layer(x), expected)
+        assert backend.made == 1 and torch.equal(layer.values, before)
+        assert backend.seen[-1].data_ptr() == layer.values.data_ptr()
+        layer.values.mul_(2)  # the operand follows
+        assert torch.equal(backend.seen[-1][: before.numel()].view_as(before), 2 * before)
+        copied = copy.deepcopy(layer)
+        copied(x)
+        assert copied._operand[1].data_ptr() == copied.values.data_ptr() != layer.values.data_ptr()
+        layer.metadata.copy_(layer.metadata.clone())  # other places may be kept now
+        layer(x)
+        assert backend.made == 2
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_without_gradients_the_output_is_the_same(make_pair, rank):
+    layer, _ = make_pair(rank=rank)
+    if rank:
+        layer.adapter.active = True
+    x = torch.randn(5, 2, 32, dtype=torch.float64)
+    trained = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), trained)

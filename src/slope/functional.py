@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slope.backends import Backend, Operands, SparseWeight
+from slope.backends import AdapterTerm, Backend, Operands, SparseWeight
 from slope.pattern import NMPattern
 
 
@@ -67,6 +67,8 @@ def slope_linear(
     pattern: NMPattern,
     backend: Backend,
     operands: Operands | None = None,
+    packed: Tensor | None = None,
+    adapter: AdapterTerm | None = None,
 ) -> Tensor:
     """Sparse linear layer: ``Y = X (W^R)ᵀ + b`` with the double-pruned input gradient.
 
@@ -80,10 +82,16 @@ def slope_linear(
         backend: who multiplies.
         operands: prepared W^R and W^{R,C} of these very values in the dtype of ``x``; None expands
             them for this call.
+        packed: the backend's own operand of these very values, or None.
+        adapter: low-rank term to add; only where no gradient is needed.
 
     Returns:
         (..., O), dtype of ``x``.
     """
     x_TI = x.reshape(-1, x.shape[-1])
+    if not torch.is_grad_enabled():
+        weight = SparseWeight(values, metadata, column_mask, pattern, x.shape[-1], packed)
+        y = backend.forward(x_TI, weight, bias, operands, adapter)
+        return y.view(*x.shape[:-1], y.shape[-1])
     y = _SlopeLinear.apply(x_TI, values, bias, metadata, column_mask, pattern, backend, operands)
     return y.view(*x.shape[:-1], y.shape[-1])

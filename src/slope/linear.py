@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slope.adapters import Adapter
-from slope.backends import Backend, Operands, SparseWeight, get_backend
+from slope.backends import AdapterTerm, Backend, Operands, SparseWeight, get_backend
 from slope.compressed import (
     compress,
     decompress,
@@ -222,6 +222,7 @@ class SlopeLinear(AdaptedLinear):
         )
         self.adapter = None
         self._cache = _OperandCache()
+        self._operand: tuple[tuple[Any, ...], Tensor | None] | None = None
         if self.values.device.type != "meta":
             self.reset_parameters()
 
@@ -334,6 +335,8 @@ class SlopeLinear(AdaptedLinear):
         """(..., I) -> (..., O); under autocast in its dtype, else x and values share theirs."""
         x = self._in_call_dtype(x, "values")
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        # Without gradients the backend may add the adapter while it multiplies.
+        adapter = None if torch.is_grad_enabled() else self._adapter_term(x.dtype)
         y = slope_linear(
             x,
             self.values,
@@ -343,8 +346,34 @@ class SlopeLinear(AdaptedLinear):
             self.pattern,
             self._backend,
             self._prepare(x.dtype),
+            self._packed(x.dtype),
+            adapter,
         )
-        return self._with_adapter(x, y)
+        return y if adapter is not None else self._with_adapter(x, y)
+
+    def _adapter_term(self, dtype: torch.dtype) -> AdapterTerm | None:
+        """The active adapter as a backend reads it."""
+        if self.adapter is None or not self.adapter.active:
+            return None
+        return AdapterTerm(
+            self.adapter.down.to(dtype), self.adapter.up.to(dtype), self.adapter.scale
+        )
+
+    def _packed(self, dtype: torch.dtype) -> Tensor | None:
+        """Operand whose first part the values are, so that serving packs nothing; None elsewhere.
+
+        Only frozen values are moved into it: trained ones would be saved with the whole operand.
+        """
+        values = self.values
+        if values.requires_grad or values.dtype != dtype or torch.compiler.is_compiling():
+            return None
+        metadata = self.metadata
+        version = None if metadata.is_inference() else metadata._version
+        masks = metadata.data_ptr(), version
+        if self._operand is None or self._operand[0] != (values.data_ptr(), *masks):
+            packed = self._backend.share_operand(self.compressed_weight())
+            self._operand = ((values.data_ptr(), *masks), packed)
+        return self._operand[1]
 
     def _prepare(self, dtype: torch.dtype) -> Operands | None:
         """Refresh what has gone stale; the expanded operands on the CPU, None elsewhere.
@@ -369,8 +398,9 @@ class SlopeLinear(AdaptedLinear):
         return self._cache.operands
 
     def invalidate(self) -> None:
-        """Drop the expanded operands; the next forward makes them again."""
+        """Drop the prepared operands; the next forward makes them again."""
         self._cache.clear()
+        self._operand = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> SlopeLinear:
         self.invalidate()

@@ -8,7 +8,9 @@ import torch
 from fake_cusparselt import unpack
 
 import slope
+from slope.backends import decoding
 from slope.backends.cusparselt import kernels, layout
+from slope.backends.decoding import DecodeLaunch
 from slope.compressed import column_indices, compress, decompress, pack_bits
 from slope.masks import column_keep_mask, row_keep_mask
 
@@ -87,6 +89,43 @@ def low_rank():
         expected = 0.3 * (x @ down.t()) @ up.t()
         actual = kernels.low_rank(x, down, up, 0.3)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def decode():
+    cuts = [None, DecodeLaunch(16, 16, 64, 4, 2, 8, True), DecodeLaunch(64, 8, 64, 4, 2, 4, False)]
+    for number, (rows, columns, rank) in enumerate([(72, 352, 0), (33, 1056, 5), (8, 32, 40)]):
+        values, metadata, w_r = weights_of(rows, columns)
+        down, up = (None, None) if not rank else (halves(rank, columns), halves(rows, rank))
+        bias = halves(rows)
+        for tokens in (1, 2, 3, 16, 17, 33, 64):
+            for dtype in (torch.float32, torch.float16):
+                x = halves(tokens, columns + 5)[:, :columns]  # rows that lie apart
+                exact = x.double() @ w_r.double().t() + (0 if number == 2 else bias.double())
+                if rank:
+                    low = (x.double() @ down.double().t()).to(dtype)
+                    exact += 0.25 * (low.double() @ up.double().t())
+                cut = cuts[number] if tokens <= 16 else None
+                given = [None if t is None else t.to(dtype) for t in (bias, down, up)]
+                if number == 2:
+                    given[0] = None
+                y = decoding.decode(x.to(dtype), values, metadata, *given, 0.25, cut)
+                assert y.dtype == dtype
+                error = (y.double() - exact).abs().max() / exact.abs().max()
+                assert error < (1e-5 if dtype is torch.float32 else 2e-3), (tokens, dtype, error)
+                again = decoding.decode(x.to(dtype), values, metadata, *given, 0.25, cut)
+                same(y, again)
+    assert decoding.decode(torch.empty(0, 32), values, metadata).shape == (0, 8)
+
+
+def halves(*shape):
+    return torch.randn(shape).half().float()
+
+
+def weights_of(rows, columns):
+    dense = halves(rows, columns)
+    row = row_keep_mask(dense, PATTERN)
+    values, metadata = compress(dense, row, PATTERN)
+    return values, metadata, dense * row
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def tuner_of(folder, times=TIMES, calls=None, machine="gpu one"):
     return Tuner(ChoiceStore(folder), {"gpu": machine}, timer)
 
 
-def choose(tuner, search=lambda: 7, can_measure=True, failing=()):
+def choose(tuner, search=lambda: 7, failing=()):
     def path(name):
         def do(algorithm):
             if name in failing:
@@ -37,7 +37,7 @@ def choose(tuner, search=lambda: 7, can_measure=True, failing=()):
         return do
 
     paths = {name: path(name) for name in ("cusparselt", "dense")}
-    return tuner.choose(KEY, paths, search, lambda: can_measure)
+    return tuner.choose(KEY, paths, search)
 
 
 def test_the_fastest_wins_and_is_measured_once(tmp_path):
@@ -52,7 +52,7 @@ def test_the_fastest_wins_and_is_measured_once(tmp_path):
 
 def test_a_slower_sparse_product_goes_dense(tmp_path):
     choice = choose(tuner_of(tmp_path, {"cusparselt": 21.0, "dense": 20.0}))
-    assert (choice.path, choice.algorithm) == ("dense", None)
+    assert (choice.path, choice.algorithm) == ("dense", 7)
 
 
 def test_another_process_reads_the_choice_and_another_gpu_does_not(tmp_path):
@@ -68,12 +68,71 @@ def test_a_path_that_fails_is_left_out_with_its_reason(tmp_path):
     choice = choose(tuner_of(tmp_path), failing=("cusparselt",))
     assert choice.path == "dense"
     assert choice.refused == {"cusparselt": "cusparselt is out of memory"}
+    assert list(tmp_path.iterdir()) == []  # another process may have the memory
 
 
-def test_while_a_graph_is_captured_nothing_is_measured_or_kept(tmp_path):
-    tuner = tuner_of(tmp_path)
-    assert choose(tuner, can_measure=False).path == "dense"
-    assert choose(tuner).path == "cusparselt"
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """``ops`` as on a GPU of fixed speeds, with nothing chosen yet."""
+    state = {"capturing": False, "library": None}
+    times = {"cusparselt": 10.0, "triton": 5.0, "dense": 20.0}
+    tuner, chosen = tuner_of(tmp_path, times), {}
+    monkeypatch.setattr(ops, "tuner", lambda: tuner)
+    monkeypatch.setattr(ops, "_chosen", lambda: chosen)
+    monkeypatch.setattr(ops, "_can_measure", lambda: not state["capturing"])
+    monkeypatch.setattr(ops, "why_no_cusparselt", lambda device, dtype: state["library"])
+    return state
+
+
+def product(tokens=512, only="", shape=(64, 128)):
+    return ops.Product(
+        "forward", *shape, tokens, torch.bfloat16, torch.float32, False, 0, only,
+        torch.device("cuda", 0),
+    )  # fmt: skip
+
+
+def run(product):
+    paths = {
+        name: lambda algorithm, name=name: (name, algorithm)
+        for name in ("cusparselt", "triton", "dense")
+    }
+    return ops._run(product, paths, lambda: 7)
+
+
+def test_each_product_goes_to_the_fastest_path_that_can_do_it(gpu):
+    assert run(product()) == ("cusparselt", 7)
+    assert run(product(tokens=16)) == ("triton", 7)
+    assert run(product(shape=(80, 48))) == ("dense", None)
+    assert run(product(tokens=16, shape=(80, 96)))[0] == "triton"
+    reasons = ops._chosen()[product(shape=(80, 48))].reason()
+    assert "whole tiles of 64, the layer is 80 x 48" in reasons
+    assert "512 tokens, the decode kernel takes up to 64" in reasons
+
+
+def test_a_path_asked_for_is_taken_but_not_remembered_for_others(gpu):
+    assert run(product(tokens=16, only="cusparselt")) == ("cusparselt", 7)
+    assert run(product(tokens=16, only="dense"))[0] == "dense"
+    assert run(product(tokens=16))[0] == "triton"
+
+
+def test_a_path_asked_for_that_cannot_is_an_error(gpu):
+    with pytest.raises(RuntimeError, match="whole tiles of 64, the layer is 80 x 48; use backend"):
+        run(product(only="cusparselt", shape=(80, 48)))
+    gpu["library"] = "cuSPARSELt 999 stores another layout"
+    assert run(product())[0] == "dense"
+    with pytest.raises(RuntimeError, match="999 stores another layout; use backend='auto'"):
+        run(product(only="cusparselt"))
+
+
+def test_while_a_graph_is_captured_nothing_is_measured_or_kept(gpu):
+    gpu["capturing"] = True
+    assert run(product())[0] == "dense"
+    with pytest.raises(RuntimeError, match="must see a product once before it is captured"):
+        run(product(only="cusparselt"))
+    gpu["capturing"] = False
+    assert run(product())[0] == "cusparselt"
+    gpu["capturing"] = True
+    assert run(product())[0] == "cusparselt"
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 1}', b"\xff\xfe"])
@@ -115,8 +174,8 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
 
 
 def test_buckets_are_the_nearest_powers_of_two():
-    assert [bucket(t) for t in (1, 2, 5, 6, 11, 12, 1500, 16384)] == [
-        1, 2, 4, 8, 8, 16, 2048, 16384,
+    assert [bucket(t) for t in (1, 2, 5, 6, 11, 12, 50, 65, 1500, 16384)] == [
+        1, 2, 4, 8, 8, 16, 64, 128, 2048, 16384,
     ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ KERNELS = [
     "expand",
     "gather_gradient",
     "low_rank",
+    "decode",
 ]
 
 

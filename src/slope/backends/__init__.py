@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from slope.backends.base import Backend, Operands, SparseWeight
+from slope.backends.base import AdapterTerm, Backend, Operands, SparseWeight
 from slope.backends.dense import DenseBackend
 from slope.backends.dispatch import PATHS, AutoBackend
 from slope.backends.support import why_not_sparse_kernels
 
 __all__ = [
+    "AdapterTerm",
     "Backend",
     "DenseBackend",
     "Operands",

@@ -79,3 +79,9 @@ class Backend(Protocol):
 
     def refresh_column_mask(self, weight: SparseWeight) -> None:
         """Write the column mask by the magnitudes of the values as they are now, in place."""
+
+    def share_operand(self, weight: SparseWeight) -> Tensor | None:
+        """Move the values into an operand of their own and return that, or None; once per weight.
+
+        The values stay the same tensor with the same content; only their storage changes.
+        """

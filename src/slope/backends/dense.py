@@ -73,3 +73,7 @@ class DenseBackend:
         columns = column_indices(weight.metadata, weight.pattern, weight.in_features)
         survives = survivors(weight.values.detach(), columns, weight.in_features, weight.pattern)
         weight.column_mask.copy_(pack_bits(survives))
+
+    def share_operand(self, weight: SparseWeight) -> Tensor | None:
+        """None: dense operands have zeros between the values."""
+        return None

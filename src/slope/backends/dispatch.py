@@ -107,6 +107,16 @@ class AutoBackend:
         else:
             self._dense.refresh_column_mask(weight)
 
+    def share_operand(self, weight: SparseWeight) -> Tensor | None:
+        """The operand of W^R in cuSPARSELt's layout, whose first part the values become."""
+        values = weight.values
+        if not self._serves(weight, values) or type(values.data) is not Tensor:
+            return None
+        packed = ops.packed_operand(values.detach(), weight.metadata)
+        if packed is not None:
+            values.data = packed[: values.numel()].view(values.shape)
+        return packed
+
     def _serves(self, weight: SparseWeight, x: Tensor | None) -> bool:
         """Whether kernels may be asked; shapes are theirs to accept or to hand on.
 

@@ -10,8 +10,9 @@ Shape letters: T tokens, I = d_in, O = d_out, R rank of an adapter.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +21,40 @@ from slope.backends.base import AdapterTerm, SparseWeight
 from slope.backends.choices import ChoiceStore
 from slope.backends.cusparselt import layout
 from slope.backends.cusparselt.plans import TOKEN_MULTIPLE
+from slope.backends.decoding import decode, why_no_decode
 from slope.backends.dense import DenseBackend
 from slope.backends.support import machine, why_no_cusparselt
 from slope.backends.tuning import Choice, ProductKey, Tuner, bucket
 
 _REFERENCE = DenseBackend()
+
+
+class Product(NamedTuple):
+    """A product as it is called; the first call of each decides how all are done.
+
+    Attributes:
+        operation: ``"forward"`` or ``"input_gradient"``.
+        out_features: O of the layer.
+        in_features: I of the layer.
+        tokens: T.
+        dtype: of the product.
+        values_dtype: of the parameter.
+        aliased: whether the values lie in the packed operand already.
+        rank: of an adapter computed along, 0 without.
+        only: the path asked for, empty for the fastest.
+        device: of all tensors.
+    """
+
+    operation: str
+    out_features: int
+    in_features: int
+    tokens: int
+    dtype: torch.dtype
+    values_dtype: torch.dtype
+    aliased: bool
+    rank: int
+    only: str
+    device: torch.device
 
 
 @functools.cache
@@ -85,15 +115,19 @@ def sparse_linear_forward(
         y = torch.nn.functional.linear(x, w_r, bias)
         return y if adapter is None else y.add_(_kernels().low_rank(x, down, up, scale))
 
+    def triton(algorithm: int | None) -> Tensor:
+        return decode(x, values, metadata, bias, down, up, scale)
+
     def search() -> int:
         return _products().search(operand(), _padded(x), bias, out_features)
 
     rank = 0 if up is None else up.shape[1]
-    quick = (
+    product = Product(
         "forward", out_features, in_features, x.shape[0], x.dtype, values.dtype,
         packed is not None, rank, only, x.device,
     )  # fmt: skip
-    return _run(quick, {"cusparselt": cusparselt, "dense": dense}, search)
+    paths = {"cusparselt": cusparselt, "triton": triton, "dense": dense}
+    return _run(product, paths, search)
 
 
 def sparse_input_gradient_forward(
@@ -129,11 +163,11 @@ def sparse_input_gradient_forward(
     def search() -> int:
         return _products().search(operand(), _padded(dy), None, in_features)
 
-    quick = (
+    product = Product(
         "input_gradient", out_features, in_features, dy.shape[0], dy.dtype, values.dtype,
         False, 0, only, dy.device,
     )  # fmt: skip
-    return _run(quick, {"cusparselt": cusparselt, "dense": dense}, search)
+    return _run(product, {"cusparselt": cusparselt, "dense": dense}, search)
 
 
 def values_gradient_forward(dy: Tensor, x: Tensor, metadata: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,9 +209,28 @@ def column_mask_forward(values: Tensor, metadata: Tensor, out: Tensor | None = N
     return _kernels().select_column_mask(values, metadata, out)
 
 
+def packed_operand(values: Tensor, metadata: Tensor) -> Tensor | None:
+    """The operand of W^R in cuSPARSELt's layout, or None where that cannot be used.
+
+    Args:
+        values: (O, I/2), bf16 or fp16.
+        metadata: (O, I/8) uint8.
+
+    Returns:
+        (9/16 * O * I,), dtype of ``values``: first the values, then their places.
+    """
+    out_features, kept = values.shape
+    if not values.is_cuda or not _can_measure() or not layout.fits(out_features, 2 * kept):
+        return None
+    if why_no_cusparselt(values.device.index, values.dtype) is not None:
+        return None
+    packed: Tensor = _kernels().pack_rows(values, metadata, values.dtype)
+    return packed
+
+
 def _run(
-    product: tuple[Any, ...],
-    paths: dict[str, Callable[[int | None], Tensor]],
+    product: Product,
+    paths: Mapping[str, Callable[[int | None], Tensor]],
     search: Callable[[], int],
 ) -> Tensor:
     """Do a product by the path asked for or by the fastest, known after the first call."""
@@ -188,49 +241,51 @@ def _run(
 
 
 def _choose(
-    product: tuple[Any, ...],
-    paths: dict[str, Callable[[int | None], Tensor]],
+    product: Product,
+    paths: Mapping[str, Callable[[int | None], Tensor]],
     search: Callable[[], int],
 ) -> Choice:
-    (
-        operation,
-        out_features,
-        in_features,
-        tokens,
-        dtype,
-        values_dtype,
-        aliased,
-        rank,
-        only,
-        device,
-    ) = product
-    reason = why_no_cusparselt(device.index, dtype)
-    if reason is None and not layout.fits(out_features, in_features):
-        shape = f"{out_features} x {in_features}"
-        reason = f"cuSPARSELt's operands have whole tiles of 64, the layer is {shape}"
-    if only not in ("", "dense") and reason is not None:
-        raise RuntimeError(
-            f"backend={only!r} cannot serve this layer: {reason}; use backend='auto'."
-        )
-    if only == "dense":
-        choice = Choice("dense")
-    elif reason is not None:
-        choice = Choice("dense", refused={"cusparselt": reason})
-    else:
+    only = product.only
+    if not _can_measure():
+        if only not in ("", "dense"):
+            raise RuntimeError(
+                f"backend={only!r} must see a product once before it is captured in a CUDA graph; "
+                "run the model before the capture."
+            )
+        return Choice("dense")  # not kept: the next call may measure
+    refused = {name: reason for name in paths if (reason := _why_not(name, product))}
+    wanted = {name: path for name, path in paths.items() if name not in refused}
+    choice = Choice("dense")
+    if len(wanted) > 1 and only != "dense":
         key = ProductKey(
-            operation, out_features, in_features, bucket(tokens), _name(dtype),
-            _name(values_dtype), aliased, rank,
+            product.operation, product.out_features, product.in_features, bucket(product.tokens),
+            _name(product.dtype), _name(product.values_dtype), product.aliased, product.rank,
         )  # fmt: skip
-        wanted = {only: paths[only]} if only else paths
-        choice = tuner().choose(key, wanted, search, _can_measure)
-        if not _can_measure():
-            return choice  # made for want of a measurement; the next call may have one
+        choice = tuner().choose(key, wanted, search)
+    choice = replace(choice, path=only or choice.path, refused=refused | dict(choice.refused))
+    if choice.path in choice.refused:
+        raise RuntimeError(
+            f"backend={only!r} cannot serve this layer: {choice.refused[choice.path]}; "
+            "use backend='auto'."
+        )
     _chosen()[product] = choice
     return choice
 
 
+def _why_not(path: str, product: Product) -> str | None:
+    """Reason why a path cannot do a product, or None."""
+    if path == "triton":
+        return why_no_decode(product.tokens, product.in_features)
+    if path == "cusparselt":
+        if not layout.fits(product.out_features, product.in_features):
+            shape = f"{product.out_features} x {product.in_features}"
+            return f"cuSPARSELt's operands have whole tiles of 64, the layer is {shape}"
+        return why_no_cusparselt(product.device.index, product.dtype)
+    return None
+
+
 @functools.cache
-def _chosen() -> dict[tuple[Any, ...], Choice]:
+def _chosen() -> dict[Product, Choice]:
     """Choices by the exact product, so that a known one costs one look-up."""
     return {}
 
@@ -245,6 +300,49 @@ def _padded(x: Tensor) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def explain(
+    weight: SparseWeight, tokens: int, dtype: torch.dtype, only: str = ""
+) -> dict[str, Choice]:
+    """How the forward and the input gradient of a weight on a GPU are done, and why.
+
+    Args:
+        weight: on the GPU.
+        tokens: T; both products are done once on random operands.
+        dtype: of the products.
+        only: the path asked for, empty for the fastest.
+
+    Returns:
+        The choice of each operation.
+
+    Raises:
+        RuntimeError: if the path asked for cannot do it.
+    """
+    values = weight.values.detach()
+    out_features, device = values.shape[0], values.device
+    x = torch.randn(tokens, weight.in_features, dtype=dtype, device=device)
+    dy = torch.randn(tokens, out_features, dtype=dtype, device=device)
+    masks = weight.metadata, weight.column_mask
+    sparse_linear_forward(x, values, *masks, None, None, None, None, 1.0, only)
+    sparse_input_gradient_forward(dy, values, *masks, only)
+    return {
+        operation: _chosen()[
+            Product(
+                operation,
+                out_features,
+                weight.in_features,
+                tokens,
+                dtype,
+                values.dtype,
+                False,
+                0,
+                only,
+                x.device,
+            )  # fmt: skip
+        ]
+        for operation in ("forward", "input_gradient")
+    }
 
 
 @functools.cache

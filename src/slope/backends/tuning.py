@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from slope.backends.choices import ChoiceStore
+from slope.backends.decoding import MAX_TOKENS
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Choice:
 
     Attributes:
         path: its name.
-        algorithm: cuSPARSELt's algorithm id where the path needs one.
+        algorithm: cuSPARSELt's algorithm id, whichever path won.
         microseconds: what was measured, by path.
         refused: paths that could not be measured, with the reason.
     """
@@ -76,12 +77,15 @@ class Choice:
 def bucket(tokens: int) -> int:
     """The power of two nearest to a token count, from 1.
 
+    More than 64 tokens never share a bucket with fewer: the kernel for a few tokens ends there.
+
     Example:
-        >>> [bucket(t) for t in (1, 3, 96, 1000, 16384)]
-        [1, 4, 128, 1024, 16384]
+        >>> [bucket(t) for t in (1, 3, 64, 65, 1000, 16384)]
+        [1, 4, 64, 128, 1024, 16384]
     """
     below = 1 << (tokens.bit_length() - 1)
-    return below if tokens * tokens < 2 * below * below else 2 * below
+    nearest = below if tokens * tokens < 2 * below * below else 2 * below
+    return max(nearest, 2 * MAX_TOKENS) if tokens > MAX_TOKENS else nearest
 
 
 class Tuner:
@@ -113,16 +117,13 @@ class Tuner:
         key: ProductKey,
         paths: Mapping[str, Callable[[int | None], Any]],
         search: Callable[[], int],
-        can_measure: Callable[[], bool],
     ) -> Choice:
         """The fastest path for a product.
 
         Args:
             key: the product.
-            paths: by name, in order of preference when nothing can be measured; each takes an
-                algorithm id or None and does the product once.
+            paths: by name; each takes an algorithm id or None and does the product once.
             search: finds cuSPARSELt's algorithm.
-            can_measure: False while a CUDA graph is captured.
 
         Returns:
             The choice; a path that fails while it is measured is left out, with the reason.
@@ -135,11 +136,10 @@ class Tuner:
             found = Choice(**on_disk)
             self._known[key] = found
             return found
-        if not can_measure():
-            return Choice("dense", refused={"all": "a CUDA graph is being captured"})
         found = self._measure(paths, search)
         self._known[key] = found
-        self._store.save(self._on_disk(key), asdict(found))
+        if not found.refused:  # there may have been no memory left, which is no property of a GPU
+            self._store.save(self._on_disk(key), asdict(found))
         log.info("%s: %s (%s)", key, found.path, found.reason())
         return found
 
@@ -166,7 +166,7 @@ class Tuner:
             raise RuntimeError(f"no path can do this product: {refused}")
         times = self._timer(ready)
         best = min(times, key=lambda name: times[name])
-        return Choice(best, algorithm if best == "cusparselt" else None, times, refused)
+        return Choice(best, algorithm, times, refused)
 
 
 def time_interleaved(paths: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
