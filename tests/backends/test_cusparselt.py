@@ -121,6 +121,13 @@ def test_search_returns_the_best_algorithm_and_frees_its_plan(products, fake):
     assert len(fake.live) <= live + 2  # the handle, and the product's descriptor, never destroyed
 
 
+def test_fp16_is_not_searched(products, fake):
+    before = dict(fake.live)
+    packed = torch.empty(layout.packed_numel(64, 128), dtype=torch.float16)
+    assert products.search(packed, torch.randn(8, 128).half(), None, 64) is None
+    assert fake.live == before
+
+
 def test_every_thread_has_its_own_handle_and_plans(products, fake):
     packed, weight = operand()
     x = torch.randn(8, 128).bfloat16()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -130,7 +131,7 @@ OPTIMIZERS = {
     "adamw_capturable": lambda p: torch.optim.AdamW(p, lr=0.01, capturable=True),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
 }
 
 
@@ -145,9 +146,9 @@ def mlp(backend="auto", rank=0):
 def losses(model, make_optimizer, steps=10):
     optimizer = make_optimizer(model.parameters())
     torch.manual_seed(2)
+    x = torch.randn(64, 128, device="cuda")
     found = []
     for _ in range(steps):
-        x = torch.randn(64, 128, device="cuda")
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = (model(x).float() - x).square().mean()
         loss.backward()
@@ -193,6 +194,8 @@ def test_checkpointing_changes_nothing():
         assert torch.equal(one, other)
 
 
+# What warmed up on the side stream is called on the main one again.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 def test_a_captured_graph_follows_the_weights():
     layer = a_layer((256, 512), backend="cusparselt", interval=1)
     x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -280,4 +283,5 @@ def test_the_demo_trains_on_the_gpu(tmp_path):
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    assert "cuda" in (run.stdout + run.stderr).lower()
+    summary = json.loads((tmp_path / "logs" / "gpu" / "summary.json").read_text())
+    assert summary["device"] == torch.cuda.get_device_name()

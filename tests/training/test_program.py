@@ -21,7 +21,7 @@ KEYS = {
     "val_loss", "val_perplexity", "train_loss", "steps", "tokens", "tokens_per_second",
     "peak_memory_bytes", "parameters_dense", "parameters_stored", "weight_bytes_sparse_layers",
     "weight_bytes_dense_equivalent", "optimizer_state_bytes", "adapters_started_at_step",
-    "wall_seconds",
+    "wall_seconds", "device",
 }  # fmt: skip
 
 

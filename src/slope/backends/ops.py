@@ -118,7 +118,7 @@ def sparse_linear_forward(
     def triton(algorithm: int | None) -> Tensor:
         return decode(x, values, metadata, bias, down, up, scale)
 
-    def search() -> int:
+    def search() -> int | None:
         return _products().search(operand(), _padded(x), bias, out_features)
 
     rank = 0 if up is None else up.shape[1]
@@ -160,7 +160,7 @@ def sparse_input_gradient_forward(
     def dense(algorithm: int | None) -> Tensor:
         return dy @ _kernels().expand(values, metadata, column_mask, dy.dtype)
 
-    def search() -> int:
+    def search() -> int | None:
         return _products().search(operand(), _padded(dy), None, in_features)
 
     product = Product(
@@ -231,7 +231,7 @@ def packed_operand(values: Tensor, metadata: Tensor) -> Tensor | None:
 def _run(
     product: Product,
     paths: Mapping[str, Callable[[int | None], Tensor]],
-    search: Callable[[], int],
+    search: Callable[[], int | None],
 ) -> Tensor:
     """Do a product by the path asked for or by the fastest, known after the first call."""
     choice = _chosen().get(product)
@@ -243,7 +243,7 @@ def _run(
 def _choose(
     product: Product,
     paths: Mapping[str, Callable[[int | None], Tensor]],
-    search: Callable[[], int],
+    search: Callable[[], int | None],
 ) -> Choice:
     only = product.only
     if not _can_measure():

@@ -116,14 +116,14 @@ class Tuner:
         self,
         key: ProductKey,
         paths: Mapping[str, Callable[[int | None], Any]],
-        search: Callable[[], int],
+        search: Callable[[], int | None],
     ) -> Choice:
         """The fastest path for a product.
 
         Args:
             key: the product.
             paths: by name; each takes an algorithm id or None and does the product once.
-            search: finds cuSPARSELt's algorithm.
+            search: finds cuSPARSELt's algorithm, None for its default.
 
         Returns:
             The choice; a path that fails while it is measured is left out, with the reason.
@@ -147,7 +147,7 @@ class Tuner:
         return asdict(key) | self._machine
 
     def _measure(
-        self, paths: Mapping[str, Callable[[int | None], Any]], search: Callable[[], int]
+        self, paths: Mapping[str, Callable[[int | None], Any]], search: Callable[[], int | None]
     ) -> Choice:
         algorithm: int | None = None
         refused: dict[str, str] = {}

@@ -526,6 +526,7 @@ def _finish(
     state, step = loop.state, trainer.global_step
     tokens = step * loop.tokens_per_step
     assert state.val_loss is not None
+    model_device = next(model.parameters()).device
     summary: dict[str, Any] = {
         "val_loss": state.val_loss,
         "val_perplexity": perplexity(state.val_loss),
@@ -534,6 +535,7 @@ def _finish(
         "tokens": tokens,
         "tokens_per_second": tokens / state.training_seconds if state.training_seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
+        "device": torch.cuda.get_device_name() if model_device.type == "cuda" else "cpu",
         "parameters_dense": report.parameters_dense,
         "parameters_stored": report.parameters_stored,
         "weight_bytes_sparse_layers": report.weight_bytes_sparse_layers,
@@ -567,11 +569,10 @@ def _finish(
         written["sample"] = log_dir / "sample.txt"
         _write_text(written["sample"], f"{text}\n")
     if cfg.plot:
-        from slope.plotting import DIAGNOSTICS, plot_run
+        from slope.plotting import plot_run
 
-        written["curves"] = plot_run(log_dir)
-        if (log_dir / DIAGNOSTICS).is_file():
-            written["mask curves"] = log_dir / DIAGNOSTICS
+        pictures = [file for file in plot_run(log_dir) if file.suffix == ".png"]
+        written |= zip(("curves", "mask curves"), pictures, strict=False)
     show_summary(summary, str(report), written, text)
     return summary
 

@@ -132,13 +132,21 @@ class Products:
         )
         return y[:tokens] if ragged else y
 
-    def search(self, packed: Tensor, x: Tensor, bias: Tensor | None, out_features: int) -> int:
+    def search(
+        self, packed: Tensor, x: Tensor, bias: Tensor | None, out_features: int
+    ) -> int | None:
         """The library's fastest algorithm id for such a product; synchronises.
+
+        Returns:
+            The id, or None for the library's default in fp16: there the search of 0.8.0 runs into
+            an illegal instruction on an H200, which ends every later use of the GPU.
 
         Raises:
             CusparseltError: if the library does not support the product.
             torch.OutOfMemoryError: if there is no room for its workspace.
         """
+        if x.dtype is torch.float16:
+            return None
         tokens, in_features = x.shape
         device = _device_index(x)
         y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
