@@ -267,3 +267,37 @@ def test_every_number_that_is_shown_is_a_diagnostic():
     from slope.diagnostics import COLUMNS
 
     assert set(inspect._NUMBERS.values()) == set(COLUMNS) - {"flip_rate", "column_flip_rate"}
+
+
+def test_backend_says_who_multiplies_and_why(here, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["inspect", "gpt2/small", "pruner.pattern=2:8", "--backend"]) == 0
+    out = capsys.readouterr().out
+    assert "backend=auto on this machine, bf16, 8,192 tokens:" in out
+    assert "3072 x 768 2:8, 12 layers: forward dense, input gradient dense" in out
+    assert "pattern 2:8 has no sparse kernels, only 2:4 has" in out
+    assert cli.main(["inspect", "gpt2/small", "--backend", "--tokens", "16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["backend"]
+    assert {path["shape"] for path in found} >= {"3072 x 768", "768 x 3072", "768 x 768"}
+    assert all("the layer is on cpu" in path["reason"] for path in found)
+    assert cli.main(["inspect", "gpt2/small", "--backend", "--tokens", "0"]) == 2
+    assert "--tokens 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_paths_of_a_gpu_are_those_that_were_chosen(monkeypatch):
+    from slope import paths
+    from slope.backends.tuning import Choice
+
+    chosen = {
+        "forward": Choice("cusparselt", 3, {"cusparselt": 10.0, "dense": 12.5}),
+        "input_gradient": Choice("dense", refused={"cusparselt": "no tiles"}),
+    }
+    monkeypatch.setattr(paths, "why_no_kernels", lambda *_: None)
+    monkeypatch.setattr(paths.ops, "explain", lambda *_: chosen)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Linear(64, 32))
+    report = slope.sparsify(model, slope.SparsityConfig())
+    first, *_ = paths.explain(report.layers, 16)
+    assert (first.forward, first.input_gradient) == ("cusparselt", "dense")
+    assert first.reason == (
+        "forward: cusparselt 10.0 µs, dense 12.5 µs; input gradient: cusparselt: no tiles"
+    )

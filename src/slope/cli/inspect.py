@@ -31,6 +31,7 @@ examples:
   slope inspect checkpoints/my-run/step_1000.ckpt --json
   slope inspect gpt2/small pruner.pattern=2:8
   slope inspect experiment=owt/gpt2s pruner=slope pruner.skip_attention=True
+  slope inspect llama3/8b --backend --tokens 16384
 """
 # column of a table -> field of LayerDiagnostics
 _NUMBERS = {
@@ -67,8 +68,19 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("what", nargs="+", metavar="CHECKPOINT|MODEL", help="see below")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--backend", action="store_true",
+        help="who multiplies each shape on this machine, and why; measured on a GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=int, default=8192, metavar="T",
+        help="per micro-batch, with --backend; default: 8192",
+    )  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
 
+    if options.tokens < 1:
+        error = ValueError(f"--tokens {options.tokens} must be at least 1, for example 8192.")
+        return common.usage_error(error, options.traceback)
     first, *rest = options.what
     path = _checkpoint(first)
     if path is not None:
@@ -81,7 +93,12 @@ def run(arguments: list[str]) -> int:
             found = _of_configuration(_compose(options.what), " ".join(options.what))
         except ValueError as error:
             return common.usage_error(error, options.traceback)
-    print(json.dumps(_as_json(found), indent=2)) if options.json else _show(found)
+    paths = _paths(found, options.tokens) if options.backend else None
+    if options.json:
+        print(json.dumps(_as_json(found) | ({"backend": paths} if paths else {}), indent=2))
+    else:
+        _show(found)
+        _show_paths(paths or [], options.tokens)
     for name, broken in found.violations.items():
         print(f"slope: error: layer {name!r}: {'; '.join(broken)}.", file=sys.stderr)
     return 1 if found.violations else 0
@@ -260,6 +277,25 @@ def _show(found: _Inspected) -> None:
             f"({dense:,})"
         )
     print(_verdict(found))
+
+
+def _paths(found: _Inspected, tokens: int) -> list[dict[str, Any]]:
+    from slope.paths import explain
+
+    return [path.row() for path in explain(found.report.layers, tokens)]
+
+
+def _show_paths(paths: list[dict[str, Any]], tokens: int) -> None:
+    """One block per shape; the reasons are long, so they stand on lines of their own."""
+    if not paths:
+        return
+    print(f"backend=auto on this machine, bf16, {tokens:,} tokens:")
+    for path in paths:
+        print(
+            f"  {path['shape']} {path['pattern']}, {path['layers']} layers: forward "
+            f"{path['forward']}, input gradient {path['input_gradient']}"
+        )
+        print(f"    {path['reason']}")
 
 
 def _rich_table(header: list[str], rows: list[list[str]], found: _Inspected) -> Table:
