@@ -1,4 +1,4 @@
-"""Who would multiply each layer of a model on this machine, and why: ``slope inspect --backend``."""
+"""Who would multiply each layer of a model here, and why: ``slope inspect --backend``."""
 
 from __future__ import annotations
 
