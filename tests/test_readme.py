@@ -66,7 +66,11 @@ def test_every_command_line_is_right(words):
         from slope.finetune import settings
 
         settings(rest[1:])
-    elif program == "python":
+    elif words[:2] == ["slope", "bench"]:
+        from slope.cli import bench
+
+        assert bench.prepared(rest[1:]).cases()
+    elif program in ("python", "bash"):
         assert (ROOT / rest[0]).is_file()
     else:
         assert words[:2] in (["slope", "plot"], ["slope", "inspect"]), f"nobody checks {program!r}"

@@ -17,7 +17,7 @@ from importlib import import_module
 from slope import configs
 from slope.cli.common import fail, message, wants_traceback
 
-COMMANDS = ("train", "finetune", "config", "plot", "compare", "inspect")
+COMMANDS = ("train", "finetune", "config", "plot", "compare", "inspect", "bench", "estimate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
