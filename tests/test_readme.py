@@ -66,6 +66,10 @@ def test_every_command_line_is_right(words):
         from slope.finetune import settings
 
         settings(rest[1:])
+    elif words[:2] == ["slope", "estimate"]:
+        from slope.estimate import parse
+
+        assert parse([word for word in rest[1:] if "=" in word]).title
     elif words[:2] == ["slope", "bench"]:
         from slope.cli import bench
 
@@ -73,7 +77,9 @@ def test_every_command_line_is_right(words):
     elif program in ("python", "bash"):
         assert (ROOT / rest[0]).is_file()
     else:
-        assert words[:2] in (["slope", "plot"], ["slope", "inspect"]), f"nobody checks {program!r}"
+        assert program == "slope" and rest[0] in ("plot", "report", "inspect", "completion"), (
+            f"nobody checks {program!r}"
+        )
 
 
 @pytest.mark.parametrize("document", **named([d for d in DOCUMENTS if blocks(d, "python")]))

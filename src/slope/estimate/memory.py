@@ -56,8 +56,7 @@ class TrainingBytes:
 
     Attributes:
         weights: parameters.
-        masks: metadata and column masks, and cuSPARSELt's copy of the metadata where values lie in
-            its operand.
+        masks: metadata and column masks.
         gradients: of all parameters.
         optimizer: Adam's moments.
         working: casts of dense weights, and what the largest layer packs and computes on the way.
@@ -131,19 +130,13 @@ def training_bytes(
     gradients = trained * precision.gradient
     return TrainingBytes(
         weights=trained * precision.parameter / shared_out,
-        masks=sum(_mask_bytes(layer, precision) for layer in model.sparse) if sparse else 0,
+        masks=sum(layer.metadata + layer.column_mask for layer in model.sparse) if sparse else 0,
         gradients=gradients / shared_out,
         optimizer=trained * precision.moments / moments_over,
         working=_working_bytes(model, precision, sparse),
         exchange=0 if devices == 1 else _exchange_bytes(model, strategy, sparse, gradients),
         activations=activation_bytes(model, precision, batch * seq, sparse=sparse),
     )
-
-
-def _mask_bytes(layer: LinearShape, precision: Precision) -> float:
-    # Values alias the operand of cuSPARSELt where they have its dtype; its metadata is its own.
-    own = layer.metadata if layer.has_kernels and not precision.mixed else 0
-    return layer.metadata + layer.column_mask + own
 
 
 def _working_bytes(model: ModelShape, precision: Precision, sparse: bool) -> float:
@@ -201,7 +194,11 @@ def activation_bytes(
 
 
 def serving_bytes(model: ModelShape, *, sparse: bool, batch: int, seq: int) -> ServingBytes:
-    """Bytes of serving the model in bf16; the column mask is for training only, not counted."""
+    """Bytes of serving the model in bf16, values and metadata.
+
+    Not counted: the column mask, which is for training, and what cuSPARSELt's operand holds of the
+    metadata once more while the model is on a GPU (1/16 of the dense bytes of sparse layers).
+    """
     weights: float = COMPUTE * model.parameters
     if sparse:
         metadata = sum(layer.metadata for layer in model.sparse)

@@ -190,9 +190,7 @@ def _chosen(
     expanding = read + COMPUTE * layer.size
     if not layer.has_kernels:
         return dense, expanding
-    # bf16 values lie in cuSPARSELt's operand of the forward already.
-    aliased = product == "forward" and not precision.mixed
-    packing = 0.0 if aliased else read + operand_bytes(layer)
+    packing = read + operand_bytes(layer)
     ratio = rates.speed_up(product, layer.out_features, layer.in_features, tokens)
     fast, slow = dense / ratio, dense
     if fast + packing / rates.bandwidth < slow + expanding / rates.bandwidth:
