@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,11 @@ def test_only_the_first_process_speaks(
         (["train", "experiment=demo", "--unknown"], "unrecognized arguments: --unknown"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
         (["train", "experiment=compare/smoke"], "type `slope compare experiment=compare/smoke`"),
-        (["plot"], "required: run"),
+        (["plot"], "required: RUN"),
+        (["plot", "a", "--output", "a.pdf"], "--output a.pdf must end in .png or .svg"),
+        (["plot", "a", "--against", "epochs"], "invalid choice: 'epochs'"),
+        (["report"], "required: RUN"),
+        (["completion", "powershell"], "invalid choice: 'powershell'"),
     ],
 )
 def test_wrong_command_line_is_exit_code_2(
@@ -79,6 +86,16 @@ def test_wrong_command_line_is_exit_code_2(
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
+    assert not runs
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_an_unknown_option_of_any_command_is_exit_code_2_on_stderr(
+    command: str, runs: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, "--no-such-option"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "error: " in captured.err and "Traceback" not in captured.err
     assert not runs
 
 
@@ -191,14 +208,115 @@ def test_plot_finds_a_run_by_name_or_folder(
     folder = Path("logs/mine")
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text("step\n")
-    monkeypatch.setattr(plotting, "plot_run", lambda log_dir: Path(log_dir) / "curves.png")
+
+    def draw(log_dir: Path, against: str) -> list[Path]:
+        return [log_dir / f"{against}.png", log_dir / f"{against}.svg"]
+
+    monkeypatch.setattr(plotting, "plot_run", draw)
     for given in ("mine", "logs/mine"):
-        assert cli.main(["plot", given]) == 0
-        assert capsys.readouterr().out == "logs/mine/curves.png\n"
-    assert cli.main(["plot", "other"]) == 1
-    assert "no metrics.csv in other or logs/other; runs under logs/: mine." in (
-        capsys.readouterr().err
-    )
+        assert cli.main(["plot", given, "--against", "time"]) == 0
+        assert capsys.readouterr().out == "logs/mine/time.png\n"
+    assert cli.main(["plot", "mine", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "runs": ["logs/mine"],
+        "files": ["logs/mine/steps.png", "logs/mine/steps.svg"],
+    }
+    assert cli.main(["plot", "mine", "logs/mine"]) == 2
+    assert "a run is named twice" in capsys.readouterr().err
+
+
+def test_plot_draws_several_runs_into_one_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path("logs", name).mkdir(parents=True)
+        Path("logs", name, "metrics.csv").write_text("step,train/loss\n1,5\n2,4\n")
+    assert cli.main(["plot", "a", "b"]) == 0
+    assert capsys.readouterr().out == "runs.png\n"
+    assert cli.main(["plot", "a", "b"]) == 1
+    assert "'runs.png' exists; give --force to replace it" in capsys.readouterr().err
+    assert cli.main(["plot", "a", "b", "--force"]) == 0
+
+
+@pytest.mark.parametrize("command", ["plot", "report"])
+def test_a_run_that_is_not_there_is_a_failure(
+    command: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, "other"]) == 1
+    assert "no metrics.csv in other or logs/other; give a run's folder." in capsys.readouterr().err
+    Path("logs/mine").mkdir(parents=True)
+    Path("logs/mine/metrics.csv").write_text("step\n")
+    assert cli.main([command, "other"]) == 1
+    captured = capsys.readouterr()
+    assert "no metrics.csv in other or logs/other; runs under logs/: mine." in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_failure_of_any_command_is_exit_code_1_on_stderr(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(import_module(f"slope.cli.{command}"), "run", fail)
+    assert cli.main([command]) == 1
+    assert capsys.readouterr() == ("", "slope: error: the disk is full\n")
+
+
+# What a shell does when Tab is pressed behind a line; prints the completions.
+_TAB = {
+    "bash": """
+source ./script
+COMP_LINE=$1; COMP_POINT=${#1}; read -ra COMP_WORDS <<< "${1//=/ = }"
+COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 ))
+_slope; printf '%s\\n' "${COMPREPLY[@]}"
+""",
+    "fish": "source ./script; complete -C $argv[1] | string replace -r '\\t.*' ''; true",
+}
+
+
+@pytest.mark.parametrize("shell", _TAB)
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("slope ins", {"inspect"}),
+        ("slope plot --out", {"--output"}),
+        ("slope train --cf", {"--cfg"}),
+        ("slope train --li", set()),  # its help names `slope config --list`
+        ("slope completion fi", {"fish"}),
+        ("slope train experiment=dem", {"experiment=demo"}),
+    ],
+)
+def test_a_shell_completes(
+    shell: str, line: str, completed: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    assert cli.main(["completion", shell]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    (tmp_path / "tab").write_text(_TAB[shell])
+    command = [shell, "tab", line]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    if shell == "bash":  # where "=" ends a word
+        completed = {word.rpartition("=")[2] for word in completed}
+    assert set(done.stdout.split()) == completed
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_all_commands(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        behind = script.partition(f"*\\ {command})" if shell != "fish" else f"from {command}'")[2]
+        assert "help" in behind.splitlines()[0] or shell == "fish" and behind
+    assert ("bashcompinit" in script) == (shell == "zsh")
 
 
 # Prints "heavy" to stdout when torch, Lightning or transformers is first looked for, then stops.

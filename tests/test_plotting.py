@@ -7,6 +7,7 @@ import math
 import pytest
 
 from slope import plotting
+from slope.plotting import curves, masks, runs
 
 COLUMNS = [
     *("step", "tokens", "epoch", "seconds", "train/loss", "train/perplexity", "val/loss"),
@@ -35,20 +36,15 @@ def write_run(folder, steps=40, adapters_from=30, summary=None):
     return folder
 
 
-def drawn_figure(monkeypatch, folder, number=0):
-    """A figure that plot_run saves, to look at its lines: 0 the curves, 1 those of the masks."""
-    from matplotlib.figure import Figure
+def drawn(*folders, picture=curves, against="steps"):
+    """The figure of runs, to look at its lines: their curves, or their masks."""
+    return picture.draw(runs.read_runs(folders), against)
 
-    figures = []
-    save = Figure.savefig
 
-    def keep(self, *args, **kwargs):
-        figures.append(self)
-        return save(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    plotting.plot_run(folder)
-    return list(dict.fromkeys(figures))[number]
+def curve(axis, number=0):
+    """Places, rounded, and values of a line."""
+    line = axis.get_lines()[number]
+    return [round(float(x), 6) for x in line.get_xdata()], list(line.get_ydata())
 
 
 def labels(axis):
@@ -57,15 +53,15 @@ def labels(axis):
 
 def test_a_run_becomes_a_png_and_an_svg(tmp_path):
     folder = write_run(tmp_path / "run", summary={"val_loss": 4.2, "tokens": 20480})
-    path = plotting.plot_run(folder)
-    assert path == folder / "curves.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (folder / "curves.svg").read_text()
+    png, svg = plotting.plot_run(folder)
+    assert (png, svg) == (folder / "curves.png", folder / "curves.svg")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in svg.read_text()
 
 
-def test_the_bigram_level_and_the_adapters_start_are_drawn(tmp_path, monkeypatch):
+def test_the_bigram_level_and_the_adapters_start_are_drawn(tmp_path):
     summary = {"bigram_val_loss": 5.12, "adapters_started_at_step": 31, "val_loss": 4.2}
-    figure = drawn_figure(monkeypatch, write_run(tmp_path, summary=summary))
+    figure = drawn(write_run(tmp_path, summary=summary))
     loss = figure.axes[0]
     assert labels(loss) == [
         "training (smoothed)",
@@ -81,36 +77,36 @@ def test_the_bigram_level_and_the_adapters_start_are_drawn(tmp_path, monkeypatch
         assert axis.get_ylabel() and axis.get_title()
 
 
-def test_without_a_summary_the_adapters_start_is_read_from_the_metrics(tmp_path, monkeypatch):
-    figure = drawn_figure(monkeypatch, write_run(tmp_path, adapters_from=17))
+def test_without_a_summary_the_adapters_start_is_read_from_the_metrics(tmp_path):
+    figure = drawn(write_run(tmp_path, adapters_from=17))
     assert any(
         line.get_linestyle() == "--" and list(line.get_xdata()) == [17, 17]
         for line in figure.axes[0].get_lines()
     )
 
 
-def test_a_dense_run_has_neither_bigram_nor_adapters(tmp_path, monkeypatch):
+def test_a_dense_run_has_neither_bigram_nor_adapters(tmp_path):
     summary = {"adapters_started_at_step": None}
     folder = write_run(tmp_path, adapters_from=1000, summary=summary)
-    figure = drawn_figure(monkeypatch, folder)
+    figure = drawn(folder)
     assert labels(figure.axes[0]) == ["training (smoothed)", "validation"]
     assert labels(figure.axes[2]) == ["weights"]
 
 
-def test_columns_that_were_not_measured_say_so(tmp_path, monkeypatch):
+def test_columns_that_were_not_measured_say_so(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train/loss\n1,5.0\n2,4.0\n")
-    figure = drawn_figure(monkeypatch, tmp_path)
+    figure = drawn(tmp_path)
     assert [axis.texts[0].get_text() for axis in figure.axes[3:]] == ["not measured"] * 3
 
 
 def test_a_loss_that_is_not_finite_does_not_stop_the_picture(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train/loss\n1,5.0\n2,nan\n3,inf\n")
-    assert plotting.plot_run(tmp_path).is_file()
+    assert all(path.is_file() for path in plotting.plot_run(tmp_path))
 
 
 def test_smoothing_keeps_a_straight_line_straight():
     line = [2.0 * i for i in range(200)]
-    assert plotting._smooth(line) == pytest.approx(line)
+    assert runs.smooth(line) == pytest.approx(line)
 
 
 def test_a_folder_without_metrics_is_an_error_that_says_what_to_give(tmp_path):
@@ -152,13 +148,13 @@ def widths(axis):
     return sorted(round(line.get_linewidth(), 1) for line in axis.get_lines())
 
 
-def test_masks_get_a_picture_of_their_own(tmp_path, monkeypatch):
+def test_masks_get_a_picture_of_their_own(tmp_path):
     summary = {"adapters_started_at_step": 31, "val_loss": 4.2, "tokens": 20480}
     folder = write_run(tmp_path, summary=summary)
-    plotting.plot_run(folder)
-    assert not (folder / "diagnostics.png").exists()
+    assert drawn(folder, picture=masks) is None
     write_masks(folder)
-    figure = drawn_figure(monkeypatch, folder, 1)
+    plotting.plot_run(folder)
+    figure = drawn(folder, picture=masks)
     assert (folder / plotting.DIAGNOSTICS).read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folder / "diagnostics.svg").read_text()
     assert "perplexity 66.7, after 20,480 tokens" in figure.get_suptitle()
@@ -176,23 +172,116 @@ def test_masks_get_a_picture_of_their_own(tmp_path, monkeypatch):
         assert any(list(line.get_xdata()) == [31, 31] for line in axis.get_lines())
 
 
-def test_mask_columns_that_were_not_measured_say_so(tmp_path, monkeypatch):
+def test_mask_columns_that_were_not_measured_say_so(tmp_path):
     folder = write_run(tmp_path)
     write_masks(folder, lemma="", kept_energy="", kept_energy_backward="", adapter_norm="")
-    figure = drawn_figure(monkeypatch, folder, 1)
+    figure = drawn(folder, picture=masks)
     assert labels(figure.axes[0])[:2] == ["forward", "input gradient"]
     assert not any("Lemma" in label for label in labels(figure.axes[0]))
     assert [axis.texts[0].get_text() for axis in figure.axes[2:]] == ["not measured"] * 2
     write_masks(folder, density_backward=0.5, lemma=0.0)  # an exact input gradient
-    figure = drawn_figure(monkeypatch, folder, 1)
+    figure = drawn(folder, picture=masks)
     assert not any("Lemma" in label for label in labels(figure.axes[0]))
 
 
 def test_a_single_measurement_and_none_do_not_stop_the_picture(tmp_path):
     folder = write_run(tmp_path)
     write_masks(folder, steps=(), density=1.0)
-    plotting.plot_run(folder)
-    assert not (folder / "diagnostics.png").exists()
+    assert drawn(folder, picture=masks) is None
     write_masks(folder, steps=(10,), kept_energy="nan")
-    plotting.plot_run(folder)
-    assert (folder / "diagnostics.png").exists()
+    drawn(folder, picture=masks).savefig(folder / "x.svg")
+
+
+# -- against tokens and time, and several runs -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("against", "label", "places", "start"),
+    [
+        ("steps", "optimizer steps", [10, 20, 30], 25),
+        ("tokens", "tokens (millions)", [1, 2, 4], 3),
+        ("time", "wall-clock time (minutes)", [1, 2, 6], 4),
+    ],
+)
+def test_the_horizontal_axis_is_steps_tokens_or_time(tmp_path, against, label, places, start):
+    (tmp_path / "metrics.csv").write_text(
+        "step,tokens,seconds,train/loss,val/loss\n"
+        "10,1e6,60,5,\n20,2e6,120,4,\n30,4e6,360,3,\n20,,,,6\n"
+    )
+    # Between the rows that say when they were.
+    (tmp_path / "summary.json").write_text('{"adapters_started_at_step": 25}')
+    write_masks(tmp_path, steps=(20, 25))
+    for picture in (curves, masks):
+        figure = drawn(tmp_path, picture=picture, against=against)
+        assert [axis.get_xlabel() for axis in figure.axes[-2:]] == [label] * 2
+        assert all(
+            [start, start] in [list(a.get_xdata()) for a in axis.lines] for axis in figure.axes
+        )
+        if picture is curves:
+            assert [curve(figure.axes[0], i)[0] for i in (0, 1)] == [places, places[1:2]]
+        else:
+            assert curve(figure.axes[0])[0] == [places[1], start]
+
+
+def test_several_runs_lie_over_each_other_each_in_its_colour(tmp_path):
+    folders = [
+        write_run(tmp_path / "dense" / "seed0", adapters_from=99, summary={"val_loss": 4.2}),
+        write_run(tmp_path / "sparse" / "seed0", adapters_from=17),
+    ]
+    write_masks(folders[1])
+    figure = drawn(*folders)
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts[0] == "dense/seed0  –  validation loss 4.200, perplexity 66.7"
+    assert texts[1:4] == ["sparse/seed0", "training", "validation"]
+    assert texts[4:] == ["learning rate of the adapters", "adapters start"]
+    for axis in figure.axes:
+        colours = {line.get_color() for line in axis.get_lines()}
+        assert len(colours) == 2 and axis.get_title() and axis.get_ylabel()
+        markers = {line.get_marker() for line in axis.get_lines()} - {"None"}
+        assert markers == {"o", "s"}  # told apart without colours
+    top = figure.axes[0].get_ylim()[1]
+    assert curve(figure.axes[0])[1][0] > top > 4.5  # the steep beginning is left out
+
+
+def test_masks_of_several_runs_are_their_totals(tmp_path):
+    folders = [write_run(tmp_path / name, adapters_from=99) for name in ("a", "b", "dense")]
+    write_masks(folders[0])
+    write_masks(folders[1], density=0.25)
+    figure = drawn(*folders, picture=masks)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["a", "b", "forward", "input gradient"]
+    densities = [curve(figure.axes[0], i)[1][0] for i in range(len(figure.axes[0].get_lines()))]
+    assert densities == [0.5, 0.41, 0.25, 0.41]
+
+
+def test_pictures_are_replaced_only_when_told_so(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    write_masks(folders[1])
+    output = tmp_path / "new" / "x.svg"
+    output.parent.mkdir()
+    output.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"x\.svg' exists; give --force"):
+        plotting.plot_runs(folders, output)
+    assert [path.read_text() for path in output.parent.iterdir()] == ["precious"]
+    written = plotting.plot_runs(folders, output, force=True)
+    assert [path.name for path in written] == ["x.png", "x.svg", "x-masks.png", "x-masks.svg"]
+    assert sorted(output.parent.iterdir()) == sorted(written)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (("a", "a"), {}, r"run '.*a' is named twice"),
+        (("a",), {"output": "x.pdf"}, r"'x\.pdf' must end in \.png or \.svg"),
+        (("a",), {"against": "epochs"}, r"'epochs' is unknown; choose from steps, tokens, time"),
+        (("a",), {"against": "time"}, r"no column seconds; draw it against steps"),
+    ],
+)
+def test_what_cannot_be_drawn_is_an_error(tmp_path, names, options, message):
+    write_run(tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        plotting.plot_runs(
+            [tmp_path / name for name in names], **{"output": tmp_path / "x.png", **options}
+        )
+    assert not list(tmp_path.glob("x*"))

@@ -17,7 +17,20 @@ from importlib import import_module
 from slope import configs
 from slope.cli.common import fail, message, wants_traceback
 
-COMMANDS = ("train", "finetune", "config", "plot", "compare", "inspect", "bench", "estimate")
+COMMANDS = (
+    "train",
+    "finetune",
+    "config",
+    "plot",
+    "report",
+    "compare",
+    "inspect",
+    "generate",
+    "export",
+    "bench",
+    "estimate",
+    "completion",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +76,8 @@ def _print_help() -> None:
     print("usage: slope <command> [options]\n")
     print("Pretrain language models with N:M sparse weights (SLoPe, arXiv 2405.16325).\n")
     print("commands:")
+    width = max(map(len, COMMANDS))
     for command in COMMANDS:
-        print(f"  {command:<8} {import_module(f'slope.cli.{command}').ABOUT}")
+        print(f"  {command:<{width}}  {import_module(f'slope.cli.{command}').ABOUT}")
+    print("\nexamples:\n  slope train experiment=demo name=first\n  slope report first")
     print("\n`slope <command> --help` says more, with examples; `slope --version`: the version.")

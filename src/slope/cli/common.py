@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from slope import configs
 
@@ -53,6 +54,23 @@ def print_config(overrides: Sequence[str], show_traceback: bool = False) -> int:
 
     print(OmegaConf.to_yaml(cfg, resolve=True), end="")
     return 0
+
+
+def find_run(given: str) -> Path:
+    """The folder of a run that is named by its name or its folder.
+
+    Raises:
+        FileNotFoundError: if there are no metrics; the message lists the runs that there are.
+    """
+    folders = [Path(given), Path("logs") / given]
+    for folder in folders:
+        if (folder / "metrics.csv").is_file():
+            return folder
+    runs = sorted(path.parent.name for path in Path("logs").glob("*/metrics.csv"))
+    raise FileNotFoundError(
+        f"no metrics.csv in {' or '.join(map(str, folders))}; "
+        + (f"runs under logs/: {', '.join(runs)}." if runs else "give a run's folder.")
+    )
 
 
 def is_first_process() -> bool:

@@ -1,40 +1,63 @@
-"""``slope plot``: pictures of a run."""
+"""``slope plot``: pictures of runs."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from slope.cli import common
 
-ABOUT = "draw the curves of a run"
+ABOUT = "draw the curves of one or several runs"
 _EPILOG = """\
+One run is drawn into its own folder: curves.png, and diagnostics.png where masks were measured.
+Several runs are drawn over each other into OUTPUT, and their masks into <OUTPUT>-masks. Each
+picture is written as PNG and as SVG.
+
 examples:
   slope plot my-run
-  slope plot /elsewhere/logs/my-run
+  slope plot dense sparse --against tokens --output compared.png
+  slope plot /elsewhere/logs/my-run --against time --json
 """
 
 
 def run(arguments: list[str]) -> int:
-    """Draw ``curves.png``, and ``diagnostics.png`` of the masks, and print their paths."""
+    """Draw, and print the paths of the pictures."""
     parser = common.parser(
-        "plot",
-        "Draw curves.png from a run's metrics.csv, and diagnostics.png from its diagnostics.csv.",
-        _EPILOG,
+        "plot", "Draw loss, learning rate, speed, memory and masks of runs.", _EPILOG
     )
-    parser.add_argument("run", help="a run's name, or the folder with its metrics.csv")
+    parser.add_argument(
+        "run", nargs="+", metavar="RUN", help="a run's name, or the folder with its metrics.csv"
+    )
+    parser.add_argument(
+        "--against",
+        choices=("steps", "tokens", "time"),
+        default="steps",
+        help="what is on the horizontal axis; default: steps",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.png",
+        help="where to write; default: the run's folder, for several runs ./runs.png",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of paths")
     options = parser.parse_intermixed_args(arguments)
-    folders = [Path(options.run), Path("logs") / options.run]
-    folder = next((path for path in folders if (path / "metrics.csv").is_file()), None)
-    if folder is None:
-        runs = sorted(path.parent.name for path in Path("logs").glob("*/metrics.csv"))
-        raise FileNotFoundError(
-            f"no metrics.csv in {' or '.join(map(str, folders))}; "
-            + (f"runs under logs/: {', '.join(runs)}." if runs else "give a run's folder.")
-        )
+    if options.output is not None and options.output.suffix not in (".png", ".svg"):
+        parser.error(f"--output {options.output} must end in .png or .svg")
+    folders = [common.find_run(given) for given in options.run]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        parser.error("a run is named twice; name each run once")
 
-    from slope.plotting import DIAGNOSTICS, plot_run
+    from slope.plotting import plot_run, plot_runs
 
-    print(plot_run(folder))
-    if (folder / DIAGNOSTICS).is_file():
-        print(folder / DIAGNOSTICS)
+    if len(folders) == 1 and options.output is None:
+        files = plot_run(folders[0], options.against)
+    else:
+        output = options.output or Path("runs.png")
+        files = plot_runs(folders, output, options.against, options.force)
+    if options.json:
+        print(json.dumps({"runs": [*map(str, folders)], "files": [*map(str, files)]}, indent=2))
+    else:
+        print("\n".join(str(file) for file in files if file.suffix == ".png"))
     return 0

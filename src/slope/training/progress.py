@@ -141,6 +141,8 @@ def show_summary(
 def _readable(name: str, value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value
     if "bytes" in name:
         return f"{value:,} ({value / 1e6:.1f} MB)"
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"

@@ -1,0 +1,102 @@
+"""``slope export``: a checkpoint as a folder to keep, to ship, or for other people's code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slope.cli import common
+from slope.cli.generate import EPILOG_CHECKPOINT, add_source, open_source
+
+ABOUT = "write a checkpoint as a folder for slope, transformers or peft"
+_EPILOG = f"""\
+{EPILOG_CHECKPOINT}
+formats:
+  slope   kept values and a bitmask in safetensors; slope.load_pretrained reads it
+  hf      dense with zeros, for transformers; active adapters go into OUTPUT/adapter, or with --fold
+          into the weights
+  peft    the active adapters as a LoRA, for peft, to put on the hf export
+
+A dense checkpoint is made sparse with --sparsify: magnitude and wanda choose masks, zeros takes
+those that the weights have. docs/formats.md describes the formats.
+
+examples:
+  slope export my-run --format slope --dtype bfloat16 --output exported
+  slope export my-run --format hf --output dense-with-zeros
+  slope export gpt2/ --sparsify wanda --calibration text.txt --format slope --output pruned
+  slope export step_400000.ckpt --tokenizer gpt2/ --format slope --output theirs
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Load, prune if asked to, and write."""
+    parser = common.parser("export", "Write a checkpoint as a folder.", _EPILOG)
+    add_source(parser)
+    add = parser.add_argument
+    add("--format", choices=("slope", "hf", "peft"), required=True, help="see below")
+    add("--output", type=Path, required=True, metavar="DIR", help="the folder to make")
+    add("--fold", action="store_true", help="hf: add the adapters into the weights")
+    add("--sparsify", choices=("magnitude", "wanda", "zeros"), help="for a dense checkpoint")
+    add("--pattern", default="2:4", metavar="N:M", help="of --sparsify; default: 2:4")
+    add("--calibration", type=Path, metavar="FILE", help="text for --sparsify wanda")
+    add("--force", action="store_true", help="replace an earlier export of that name")
+    add("--json", action="store_true", help="print JSON")
+    options = parser.parse_intermixed_args(arguments)
+    if options.fold and options.format != "hf":
+        parser.error("--fold goes with --format hf: the other formats keep adapters apart")
+    if options.calibration is not None and options.sparsify is None:
+        parser.error("--calibration goes with --sparsify wanda")
+
+    from slope.deploy import prune
+    from slope.deploy.source import quiet_transformers
+
+    source = open_source(options)
+    if options.sparsify is not None:
+        prune(
+            source.model,
+            options.sparsify,
+            options.pattern,
+            tokenizer=source.tokenizer,
+            calibration=options.calibration,
+        )
+    with quiet_transformers():
+        facts = _write(source, options)
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(facts["summary"])
+    if source.tokenizer is None and options.format != "peft":
+        print("no tokenizer came with the checkpoint: none was written (--tokenizer PATH adds it)")
+    print(f"written: {facts['output']} ({facts['bytes'] / 1e6:.1f} MB)")
+    return 0
+
+
+def _write(source: Any, options: Any) -> dict[str, Any]:
+    import slope
+    from slope.convert import pruned_layers
+    from slope.export import save_dense, save_peft
+
+    model, output, force = source.model, options.output, options.force
+    if options.format == "slope":
+        if any(True for _ in pruned_layers(model)):
+            slope.compress_weights(model, fold_adapters=True)
+        for _, layer in slope.sparse_layers(model):
+            # Training would refresh it before its next use; as it is, it only takes room.
+            if layer.column_mask_interval == 1:
+                layer.refresh_column_mask()
+        path = slope.save_pretrained(model, output, source.tokenizer, force=force)
+    elif options.format == "hf":
+        path = save_dense(model, output, source.tokenizer, fold_adapters=options.fold, force=force)
+    else:
+        path = save_peft(model, output, force=force)
+    report = slope.sparsity_report(model)
+    return {
+        "source": str(source.path),
+        "format": options.format,
+        "output": str(path),
+        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "summary": report.summary(),
+        "sparse_layers": len(report.sparse),
+        "tokenizer": source.tokenizer is not None,
+    }

@@ -1,0 +1,160 @@
+"""``slope generate``: text from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from slope.cli import common
+
+ABOUT = "continue prompts with a trained model"
+EPILOG_CHECKPOINT = """\
+CHECKPOINT is the name of a run, a .ckpt file, a folder of save_pretrained or of `slope export`, a
+folder of transformers with safetensors, or a .ckpt of the authors' published GPT-2 code.
+"""
+_EPILOG = f"""\
+{EPILOG_CHECKPOINT}
+Text goes to standard output, everything else to standard error. One prompt is written as it is
+generated; the prompts of a file are generated in batches.
+
+examples:
+  slope generate my-run --prompt 'The history of'
+  slope generate exported/ --prompts-file prompts.txt --batch-size 16 --temperature 0 --json
+"""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def run(arguments: list[str]) -> int:
+    """Load, generate and print."""
+    parser = common.parser("generate", "Continue prompts with a trained model.", _EPILOG)
+    add_source(parser)
+    add = parser.add_argument
+    add("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    add("--prompts-file", type=Path, metavar="FILE", help="a prompt per line; - is standard input")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; default: 8")
+    add("--max-new-tokens", type=int, metavar="N", help="default: 128, or what the context leaves")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default: 0.8")
+    add("--top-k", type=int, default=50, metavar="K", help="0 means all tokens; default: 50")
+    add("--top-p", type=float, default=1.0, metavar="P", help="share of probability; default: 1")
+    add("--seed", type=int, default=0, metavar="N", help="of the draws; default: 0")
+    add("--fold", action="store_true", help="make the model dense, adapters added into the weights")
+    add("--device", default="auto", help="cpu, cuda or cuda:N; default: cuda if there is one")
+    add("--json", action="store_true", help="print JSON instead of text")
+    options = parser.parse_intermixed_args(arguments)
+    if (options.prompt is None) == (options.prompts_file is None):
+        parser.error("give --prompt TEXT or --prompts-file FILE")
+    if options.batch_size < 1:
+        parser.error(f"--batch-size {options.batch_size} must be at least 1")
+    prompts = options.prompt or _read_prompts(options.prompts_file)
+
+    from slope.deploy.generate import Sampling, generate
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    try:
+        sampling = Sampling(**{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        return common.usage_error(error, options.traceback)
+    source = open_source(options)
+    if source.tokenizer is None:
+        raise ValueError(
+            f"'{source.path}' comes without a tokenizer; type --tokenizer <a tokenizer.json, or a "
+            "folder that holds one>."
+        )
+    model = _prepared(source.model, options)
+    stream = len(prompts) == 1 and not options.json
+    if stream:
+        print(prompts[0], end="", flush=True)
+    results: list[dict[str, Any]] = []
+    seconds = 0.0
+    for start in range(0, len(prompts), options.batch_size):
+        batch = prompts[start : start + options.batch_size]
+        done = generate(model, source.tokenizer, batch, sampling, _write if stream else None)
+        seconds += done.seconds
+        for prompt, text, tokens in zip(batch, done.texts, done.tokens, strict=True):
+            results.append({"prompt": prompt, "text": text, "tokens": tokens})
+            if not (stream or options.json):
+                print(f"{prompt}{text}\n", flush=True)
+    if stream:
+        print()
+    tokens = sum(result["tokens"] for result in results)
+    if options.json:
+        facts = {"source": str(source.path), "device": str(model.device)}
+        facts |= {"dtype": str(model.dtype).removeprefix("torch."), "sampling": asdict(sampling)}
+        totals = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        print(json.dumps(facts | {"results": results} | totals, indent=2, ensure_ascii=False))
+    print(
+        f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s on {model.device}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def add_source(parser: Any) -> None:
+    """The options that say which model is meant."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="see below")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="instead of the one that comes with it"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="convert the weights; default: as they are stored"
+    )
+    parser.add_argument(
+        "--heads", type=int, metavar="N", help="attention heads of a published .ckpt"
+    )
+
+
+def open_source(options: Any) -> Any:
+    """Load what the options of :func:`add_source` say, in the dtype asked for."""
+    import torch
+
+    from slope.deploy import source
+
+    with source.quiet_transformers():
+        found = source.open_source(
+            options.checkpoint, tokenizer=options.tokenizer, heads=options.heads
+        )
+    if options.dtype is not None:
+        source.cast(found.model, getattr(torch, options.dtype))
+    return found
+
+
+def _read_prompts(path: Path) -> list[str]:
+    if str(path) == "-":
+        text = sys.stdin.read()
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise FileNotFoundError(f"no file '{path}' with prompts.")
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"'{path}' holds no prompt; write one per line.")
+    return prompts
+
+
+def _prepared(model: Any, options: Any) -> Any:
+    """The model where it is to run, frozen."""
+    import torch
+
+    import slope
+
+    if options.fold:
+        slope.densify(model, fold_adapters=True)
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model.to(torch.device(name))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"--device {name} cannot be used ({reason}); type --device cpu.") from (
+            error
+        )
+    # Frozen values need not be compared with what was prepared from them.
+    return model.requires_grad_(False)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

@@ -1,0 +1,210 @@
+"""What runs leave behind, read for their pictures, and the horizontal axis that they share."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Points = tuple[list[float], list[float]]
+Rows = list[dict[str, str]]
+
+TOTAL = "total"
+"""The layer of ``diagnostics.csv`` that stands for all."""
+
+# What can be put on the horizontal axis: its column, and units from the largest.
+AGAINST: dict[str, tuple[str, dict[str, float]]] = {
+    "steps": ("step", {"optimizer steps": 1}),
+    "tokens": ("tokens", {"tokens (billions)": 1e9, "tokens (millions)": 1e6, "tokens": 1}),
+    "time": (
+        "seconds",
+        {
+            "wall-clock time (hours)": 3600,
+            "wall-clock time (minutes)": 60,
+            "wall-clock time (seconds)": 1,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The tables of one run.
+
+    ``label`` tells it from the others of a picture; ``layers`` holds the rows of
+    ``diagnostics.csv`` by layer; ``summary`` is empty while the run goes on.
+    """
+
+    folder: Path
+    label: str
+    rows: Rows
+    layers: dict[str, Rows]
+    summary: dict[str, Any]
+
+    def adapter_start(self) -> float | None:
+        """The step at which the adapters woke: as summed up, else the first row that says so."""
+        start = number(self.summary.get("adapters_started_at_step"))
+        if start is not None:
+            return start
+        active = [row for row in self.rows if _truth(row.get("adapters_active"))]
+        return number(active[0]["step"]) if active else None
+
+    def title(self) -> str:
+        """Its label, with the result once there is one."""
+        loss, tokens = self.summary.get("val_loss"), self.summary.get("tokens")
+        if loss is None:
+            return self.label
+        title = f"{self.label}  –  validation loss {loss:.3f}, perplexity {exp(loss):.1f}"
+        if tokens:
+            count = f"{tokens / 1e6:,.1f} million" if tokens >= 1e6 else f"{tokens:,}"
+            title += f", after {count} tokens"
+        return title
+
+
+class Horizontal:
+    """Where the steps of runs lie on their common axis.
+
+    Args:
+        against: ``steps``, ``tokens`` or ``time``.
+        runs: all that share the axis; the farthest chooses the unit.
+
+    Raises:
+        ValueError: if ``against`` is something else, or a run has not written its column.
+    """
+
+    def __init__(self, against: str, runs: Sequence[Run]) -> None:
+        if against not in AGAINST:
+            raise ValueError(f"against={against!r} is unknown; choose from {', '.join(AGAINST)}.")
+        name, units = AGAINST[against]
+        self._known = {run.folder: column(run.rows, name) for run in runs}
+        for folder, (steps, _) in self._known.items():
+            if not steps:
+                raise ValueError(
+                    f"the metrics of '{folder}' have no column {name}; draw it against steps."
+                )
+        farthest = max(places[-1] for _, places in self._known.values())
+        self.label, self._unit = next(
+            ((label, unit) for label, unit in units.items() if farthest >= unit),
+            list(units.items())[-1],
+        )
+
+    def places(self, run: Run, steps: Sequence[float]) -> list[float]:
+        """The steps of a run in units of the axis; between its rows, by interpolation."""
+        import numpy as np
+
+        known, places = self._known[run.folder]
+        at = np.interp(steps, [0.0, *known], [0.0, *places])
+        return [float(x) / self._unit for x in at]
+
+    def start(self, run: Run) -> float | None:
+        """Where the adapters of a run woke."""
+        step = run.adapter_start()
+        return None if step is None else self.places(run, [step])[0]
+
+    def points(self, run: Run, name: str, layer: str | None = None) -> Points:
+        """A column of a run, or of one of its layers, against this axis."""
+        steps, values = column(run.rows if layer is None else run.layers.get(layer, []), name)
+        return self.places(run, steps), values
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Read the tables of runs, and label each by as little of its path as tells them apart.
+
+    Args:
+        folders: of runs, each with ``metrics.csv``.
+
+    Raises:
+        FileNotFoundError: if there is no ``metrics.csv``.
+        ValueError: if it holds no measured step, ``summary.json`` is broken, or a run is named
+            twice.
+    """
+    paths = [Path(folder) for folder in folders]
+    return [_read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    whole = [path.resolve() for path in paths]
+    for path in paths:
+        if whole.count(path.resolve()) > 1:
+            raise ValueError(f"run '{path}' is named twice; name each run once.")
+    for length in range(1, max(len(path.parts) for path in whole) + 1):
+        labels = ["/".join(path.parts[-length:]) for path in whole]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _read_run(folder: Path, label: str) -> Run:
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no metrics at '{path}': give the folder of a run, logs/<name>, that has made a step."
+        )
+    rows = _read_table(path)
+    if not rows:
+        raise ValueError(f"'{path}' holds no measured step yet; draw it when the run has made one.")
+    layers: dict[str, Rows] = {}
+    masks = folder / "diagnostics.csv"
+    for row in _read_table(masks) if masks.is_file() else []:
+        layers.setdefault(row["layer"], []).append(row)
+    return Run(folder, label, rows, layers, _read_summary(folder / "summary.json"))
+
+
+def _read_table(path: Path) -> Rows:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if number(row.get("step")) is not None]
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' is not valid JSON ({error}); delete it to draw without it."
+        ) from error
+    return summary if isinstance(summary, dict) else {}
+
+
+def column(rows: Rows, name: str) -> Points:
+    """Steps and finite values of one column, in order of step; the last row of a step counts."""
+    points: dict[float, float] = {}
+    for row in rows:
+        step, value = number(row["step"]), number(row.get(name))
+        if step is not None and value is not None and math.isfinite(value):
+            points[step] = value
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]
+
+
+def number(text: Any) -> float | None:
+    """What a cell holds, None where it holds no number."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def exp(loss: float) -> float:
+    """Perplexity of a loss in nats, kept finite."""
+    return math.exp(min(loss, 700.0))
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean over a centred window of about 1/30 of the run: no lag, shorter at both ends."""
+    half = max(1, len(values) // 60)
+    smoothed = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        window = values[i - reach : i + reach + 1]
+        smoothed.append(sum(window) / len(window))
+    return smoothed
+
+
+def _truth(text: Any) -> bool:
+    return str(text).strip().lower() in {"1", "1.0", "true"}
