@@ -16,7 +16,7 @@ PACKAGE = Path(slope.__file__).parent
 # A module may import modules of its own rank or lower. Whatever is not named is the application.
 RANKS = {
     "adapters": 0, "config": 0, "pattern": 0,
-    "masks": 1,
+    "masks": 1, "selection": 1,
     "compressed": 2,
     "backends": 3,
     "functional": 4,

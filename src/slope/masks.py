@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -31,8 +32,13 @@ def top_n(scores: Tensor, pattern: NMPattern, dim: int) -> Tensor:
     """True for the n highest of each group of m along ``dim``; of equals the first wins.
 
     Each entry's rank is the number of entries of its group that beat it. Counting comparisons is
-    exact, deterministic on every device, and for small groups far quicker than sorting them.
+    exact, deterministic on every device, and for small groups far quicker than sorting them. On a
+    GPU one kernel does it.
     """
+    if scores.is_cuda and scores.dim() == 2 and _has_triton() and not torch.compiler.is_compiling():
+        from slope.selection import select
+
+        return select(scores, pattern.n, pattern.m, dim)
     groups = scores.unflatten(dim, (-1, pattern.m))
     entries = groups.unbind(dim + 1)
     # Entry j starts behind the j entries before it, as if they all beat it.
@@ -43,6 +49,11 @@ def top_n(scores: Tensor, pattern: NMPattern, dim: int) -> Tensor:
             ranks[i] += beaten
             ranks[j] -= beaten
     return torch.stack([rank < pattern.n for rank in ranks], dim + 1).view(scores.shape)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _check_divides(size: int, pattern: NMPattern, what: str) -> None:

@@ -8,11 +8,12 @@ import torch
 from fake_cusparselt import unpack
 
 import slope
+from slope import selection
 from slope.backends import decoding
 from slope.backends.cusparselt import kernels, layout
 from slope.backends.decoding import DecodeLaunch
 from slope.compressed import column_indices, compress, decompress, pack_bits
-from slope.masks import column_keep_mask, row_keep_mask
+from slope.masks import column_keep_mask, row_keep_mask, top_n
 
 PATTERN = slope.NMPattern(2, 4)
 # fp32 values that fp16 holds exactly: the interpreter rounds otherwise than a GPU.
@@ -115,6 +116,17 @@ def decode():
                 again = decoding.decode(x.to(dtype), values, metadata, *given, 0.25, cut)
                 same(y, again)
     assert decoding.decode(torch.empty(0, 32), values, metadata).shape == (0, 8)
+
+
+def select():
+    for n, m, shape in [(2, 4, (12, 48)), (1, 2, (6, 70)), (2, 16, (32, 64)), (7, 32, (64, 96))]:
+        for dtype in (torch.float32, torch.float16, torch.float64):
+            scores = torch.randn(shape).half().abs().to(dtype)
+            for given in (scores, (scores * 2).round() / 2, scores.t().contiguous().t()):
+                for dim in (0, 1):
+                    if shape[dim] % m == 0:
+                        expected = top_n(given, slope.NMPattern(n, m), dim)
+                        same(selection.select(given, n, m, dim), expected)
 
 
 def halves(*shape):

@@ -22,6 +22,7 @@ KERNELS = [
     "gather_gradient",
     "low_rank",
     "decode",
+    "select",
 ]
 
 
