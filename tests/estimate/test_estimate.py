@@ -29,9 +29,7 @@ def test_the_papers_memory_ratios(row):
     training = paper.training_ratio(paper.weights_of(row.model, row.blocks_training))
     assert (abs(training - row.training) <= 0.02) is (row.name != "Mistral-v0.3-7B")
     weights = paper.weights_of(row.model, row.blocks_inference)
-    for column, (published, ratio) in enumerate(
-        zip(row.inference, paper.RANK_RATIOS, strict=True)
-    ):
+    for column, (published, ratio) in enumerate(zip(row.inference, paper.RANK_RATIOS, strict=True)):
         close = abs(paper.inference_ratio(weights, ratio) - published) <= 0.02
         assert close is ((row.name, column) not in UNEXPLAINED), (row.name, ratio)
 
