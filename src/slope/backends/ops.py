@@ -95,7 +95,7 @@ def sparse_linear_forward(
     out_features, in_features = values.shape[0], x.shape[1]
     adapter = None if down is None or up is None else AdapterTerm(down, up, scale)
     weight = SparseWeight(values, metadata, column_mask, layout.PATTERN, in_features)
-    if not x.is_cuda:
+    if not _on_gpu(x):
         return _REFERENCE.forward(x, weight, bias, None, adapter)
     x = x.contiguous()
 
@@ -146,7 +146,7 @@ def sparse_input_gradient_forward(
         (T, I), dtype of ``dy``.
     """
     out_features, in_features = values.shape[0], 2 * values.shape[1]
-    if not dy.is_cuda:
+    if not _on_gpu(dy):
         weight = SparseWeight(values, metadata, column_mask, layout.PATTERN, in_features)
         return _REFERENCE.input_gradient(dy, weight)
     dy = dy.contiguous()
@@ -182,7 +182,7 @@ def values_gradient_forward(dy: Tensor, x: Tensor, metadata: Tensor, dtype: torc
     Returns:
         (O, I/2), ``dtype``.
     """
-    if not dy.is_cuda:
+    if not _on_gpu(dy):
         values = torch.empty((dy.shape[1], x.shape[1] // 2), dtype=dtype)
         weight = SparseWeight(values, metadata, metadata, layout.PATTERN, x.shape[1])
         return _REFERENCE.values_gradient(dy, x, weight)
@@ -288,6 +288,10 @@ def _why_not(path: str, product: Product) -> str | None:
 def _chosen() -> dict[Product, Choice]:
     """Choices by the exact product, so that a known one costs one look-up."""
     return {}
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _can_measure() -> bool:

@@ -1,0 +1,180 @@
+"""The ops on their GPU path, on the CPU: a stand-in library, and plain torch for the kernels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_cusparselt import FakeLibrary
+
+import slope
+from slope.backends import DenseBackend, ops, support
+from slope.backends.choices import ChoiceStore
+from slope.backends.cusparselt import layout
+from slope.backends.cusparselt.binding import Library
+from slope.backends.cusparselt.plans import Products
+from slope.backends.tuning import Tuner
+from slope.compressed import compress, decompress, unpack_bits
+
+PATTERN = layout.PATTERN
+
+
+def expand(values, metadata, column_mask, dtype):
+    if column_mask is not None:
+        values = torch.where(unpack_bits(column_mask, values.shape[1]), values, 0)
+    return decompress(values.to(dtype), metadata, PATTERN, 2 * values.shape[1])
+
+
+def pack_columns(values, metadata, column_mask, dtype):
+    w_rc = expand(values, metadata, column_mask, dtype).t().contiguous()
+    # Any two places of four do where fewer survive; those that survive must be among them.
+    keep_mask = slope.masks.row_keep_mask(w_rc, PATTERN)
+    return layout.pack(*compress(w_rc, keep_mask, PATTERN))
+
+
+def gather_gradient(dense, metadata, dtype):
+    columns = slope.compressed.column_indices(metadata, PATTERN, dense.shape[1])
+    return dense.gather(1, columns).to(dtype)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    library = FakeLibrary()
+    products = Products(Library(library))
+    kernels = SimpleNamespace(
+        pack_rows=lambda values, metadata, dtype: layout.pack(values.to(dtype), metadata),
+        pack_columns=pack_columns, expand=expand, gather_gradient=gather_gradient,
+        low_rank=lambda x, down, up, scale: scale * (x @ down.t()) @ up.t(),
+    )  # fmt: skip
+    tuner, chosen = Tuner(ChoiceStore(tmp_path), {}, lambda paths: dict.fromkeys(paths, 1.0)), {}
+    for name, value in {
+        "_on_gpu": lambda tensor: True, "_can_measure": lambda: True, "_kernels": lambda: kernels,
+        "_products": lambda: products, "tuner": lambda: tuner, "_chosen": lambda: chosen,
+        "why_no_cusparselt": lambda device, dtype: None,
+        "why_no_decode": lambda tokens, in_features: "not here",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(ops, name, value)
+    library.products = products
+    return library
+
+
+def operands(tokens=16, rank=0, only="cusparselt"):
+    layer = slope.SlopeLinear(128, 64, dtype=torch.bfloat16)
+    x = torch.randn(tokens, 128, dtype=torch.bfloat16, requires_grad=True)
+    down = torch.randn(rank, 128, dtype=torch.bfloat16) if rank else None
+    up = torch.randn(64, rank, dtype=torch.bfloat16) if rank else None
+    masks = layer.metadata, layer.column_mask
+    return layer, (x, layer.values, *masks, None, layer.bias, down, up, 0.5, only)
+
+
+@pytest.mark.parametrize("tokens", [1, 13, 16, 100])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_forward_equals_the_reference(fake, tokens, rank):
+    layer, given = operands(tokens, rank)
+    with torch.no_grad():
+        y = ops.sparse_linear(*given)
+        term = None if not rank else (*given[6:8], 0.5)
+        reference = DenseBackend().forward(
+            given[0], layer.compressed_weight(), layer.bias,
+            adapter=None if term is None else slope.backends.AdapterTerm(*term),
+        )  # fmt: skip
+    torch.testing.assert_close(y, reference, rtol=2e-2, atol=5e-2)
+    assert "Matmul" in fake.names()
+
+
+def test_gradients_equal_the_references_and_plans_are_made_once(fake):
+    layer, given = operands()
+    dy = torch.randn(16, 64, dtype=torch.bfloat16)
+    for _ in range(4):
+        given[0].grad = layer.values.grad = layer.bias.grad = None
+        ops.sparse_linear(*given).backward(dy)
+    weight = layer.compressed_weight()
+    reference = DenseBackend()
+    x = given[0].detach()
+    close = {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(given[0].grad, reference.input_gradient(dy, weight), **close)
+    torch.testing.assert_close(layer.values.grad, reference.values_gradient(dy, x, weight), **close)
+    # a search each and a plan each, for the forward and the input gradient
+    assert fake.names().count("MatmulSearch") == 2
+    assert fake.products.counts.misses == 2 and fake.products.counts.hits >= 6
+
+
+def test_the_ops_pass_opcheck_over_the_mocked_library(fake):
+    _, given = operands()
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.slope.sparse_linear, given, test_utils=tests)
+    x, values, metadata, column_mask, *_ = (t.detach() if torch.is_tensor(t) else t for t in given)
+    dy = torch.randn(16, 64, dtype=torch.bfloat16)
+    gradient = (dy, values, metadata, column_mask, "cusparselt")
+    torch.library.opcheck(torch.ops.slope.sparse_input_gradient, gradient, test_utils=tests)
+    weight = (dy, x, metadata, torch.bfloat16)
+    torch.library.opcheck(torch.ops.slope.values_gradient, weight, test_utils=tests)
+
+
+def test_out_of_memory_in_the_search_is_a_reason_and_a_dense_product(fake, monkeypatch):
+    def search(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128 MiB")
+
+    monkeypatch.setattr(fake.products, "search", search)
+    layer, given = operands(tokens=100, only="")
+    with torch.no_grad():
+        y = ops.sparse_linear(*given)
+        reference = DenseBackend().forward(given[0], layer.compressed_weight(), layer.bias)
+    assert torch.equal(y, reference)
+    (choice,) = ops._chosen().values()
+    assert choice.path == "dense" and "CUDA out of memory" in choice.reason()
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "said"),
+    [
+        ((7, 5), True, "Tesla T4 is sm_75, sparse tensor cores begin with sm_80"),
+        ((9, 0), False, "triton is not installed; pip install triton"),
+        ((9, 0), True, None),
+    ],
+)
+def test_what_a_gpu_lacks_is_said(monkeypatch, capability, triton, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(support, "find_spec", lambda name: object() if triton else None)
+    support.why_no_gpu_kernels.cache_clear()
+    try:
+        assert support.why_no_kernels(PATTERN, torch.bfloat16, "cuda:0") == said
+        assert support.why_no_kernels(PATTERN, torch.float32, "cuda:0") == (
+            "dtype float32 has no sparse kernels; use bf16 or fp16"
+        )
+    finally:
+        support.why_no_gpu_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("available", "matches", "error", "said"),
+    [
+        (False, True, None, "comes without cuSPARSELt"),
+        (True, False, None, "cuSPARSELt 800 on H200 stores a compressed matrix in a layout that"),
+        (True, True, OSError("libcusparseLt.so.0: no such file"), "cannot be used: libcusparseLt"),
+        (True, True, None, None),
+    ],
+)
+def test_what_the_library_lacks_is_said(monkeypatch, available, matches, error, said):
+    from slope.backends.cusparselt import plans
+
+    class Version:
+        def version(self, device):
+            if error is not None:
+                raise error
+            return 800
+
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    monkeypatch.setattr(plans, "products", Version)
+    monkeypatch.setattr(layout, "matches_library", lambda device, dtype: matches)
+    support.why_no_cusparselt.cache_clear()
+    try:
+        reason = support.why_no_cusparselt(0, torch.bfloat16)
+        assert reason is None if said is None else said in reason
+    finally:
+        support.why_no_cusparselt.cache_clear()
