@@ -83,7 +83,8 @@ def test_adapters_from_step_0(trained):
     rows = trained.rows("from-step-0")
     assert summary["adapters_started_at_step"] == 0
     assert {row["adapters_active"] for row in rows} == {"1"}
-    assert [float(row["lora_lr"]) for row in rows] == [float(row["lr"]) / 2 for row in rows]
+    tenth = [pytest.approx(float(row["lr"]) / 10) for row in rows]
+    assert [float(row["lora_lr"]) for row in rows] == tenth
 
 
 def test_summary_of_dense_weights_under_a_method(trained):

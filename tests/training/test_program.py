@@ -51,7 +51,8 @@ def test_rows(finished):
     assert [row["adapters_active"] for row in rows] == ["0"] * 9 + ["1"] * 3
     assert [bool(row["val/loss"]) for row in rows] == [step % 3 == 0 for step in range(1, 13)]
     lora = [float(row["lora_lr"]) for row in rows]
-    assert lora[:9] == [0.0] * 9 and lora[9] == 0.5 * 2e-3 and lora[11] == pytest.approx(1e-3 / 3)
+    assert lora[:9] == [0.0] * 9 and lora[9] == pytest.approx(0.1 * 2e-3)
+    assert lora[11] == pytest.approx(lora[9] / 3)
 
 
 def test_best_checkpoints_are_kept(finished):
