@@ -44,14 +44,18 @@ SIZES = {  # (width, blocks, heads)
     "c4/opt-66b": (9216, 64, 72),
     "c4/llama3-8b": (4096, 32, 32),
     "c4/mistral-7b": (4096, 32, 32),
+    "bert/phase1": (1024, 24, 16),
+    "bert/phase2": (1024, 24, 16),
+    "bert/large": (1024, 24, 16),
+    "bert/base": (768, 12, 12),
 }
 
 
 def test_all_published_experiments_exist() -> None:
     gpt2 = [f"owt/gpt2{size}" for size in ("s", "m", "l", "xl")]
     aliases = [f"{name}-{kind}" for name in gpt2 for kind in ("flash", "hf")]
-    single = {name for name in EXPERIMENTS if not name.startswith("compare/")}
-    assert single == {*SIZES, *aliases, "demo", "smoke"}
+    single = set(EXPERIMENTS) - set(configs.comparisons())
+    assert single == {*SIZES, *aliases, "demo", "smoke", "bert/demo", "bert/demo2"}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -60,9 +64,9 @@ def test_experiment_composes_and_its_numbers_fit(experiment: str) -> None:
     assert cfg.name == experiment.replace("/", "-")
     per_step = cfg.train.global_batch_size
     assert per_step % cfg.datamodule.batch_size == 0
-    if "/" in experiment and not experiment.startswith("compare/"):
+    if experiment in SIZES:
         assert per_step % (8 * cfg.datamodule.batch_size) == 0  # the command in the file
-    assert cfg.train.scheduler.name in ("linear_warmup", "cosine_warmup")
+    assert cfg.train.scheduler.name in ("linear_warmup", "cosine_warmup", "polynomial_warmup")
     assert cfg.trainer.val_check_interval <= cfg.trainer.max_steps
     text = (FOLDER / "experiment" / f"{experiment}.yaml").read_text()
     assert re.search(rf"^#.*experiment={re.escape(experiment)}", text, re.M)
@@ -75,7 +79,8 @@ def test_experiment_composes_and_its_numbers_fit(experiment: str) -> None:
 def test_experiment_builds_and_sparsifies_on_the_meta_device(experiment: str) -> None:
     cfg = configs.compose([f"experiment={experiment}", "pruner=slope"])
     tokenizer = str(cfg.datamodule.tokenizer)
-    vocabulary = int(tokenizer[4:]) if tokenizer.startswith("bpe:") else 50257
+    kind, _, size = tokenizer.partition(":")
+    vocabulary = int(size or {"gpt2": 50257, "bert-uncased": 30522}[kind])
     with torch.device("meta"):
         model = build_model(cfg.model, vocabulary, cfg.datamodule.max_length)
         if experiment in SIZES:
@@ -178,7 +183,7 @@ def test_values_keep_their_kind() -> None:
         ("experiment=owt/gpt2x", r"did you mean experiment=owt/gpt2\w+\? Choices: .*demo.*smoke"),
         ("experiment=gpt2s", r"did you mean experiment=owt/gpt2s\?"),
         ("optimizer=adam", r"no optimizer of that name; did you mean optimizer=adamw\?"),
-        ("model=gpt2", r"did you mean model=gpt2/\w+\? Choices: gpt2/large"),
+        ("model=gpt2", r"did you mean model=gpt2/\w+\? Choices: bert/base"),
         ("trainer.max_steps=many", r"max_steps must be a whole number, for example .*=400000"),
         ("trainer.max_steps=1.5", r"max_steps must be a whole number"),
         ("trainer.max_steps=0", r"trainer.max_steps=0 must be a whole number of at least 1"),
@@ -216,10 +221,12 @@ def test_every_group_is_listed() -> None:
     assert configs.choices("pruner") == [
         "extended-sr-ste", "fst", "none", "s-ste", "slope", "sr-ste"
     ]  # fmt: skip
-    assert configs.choices("datamodule") == ["c4", "demo", "openwebtext", "text", "thepile"]
+    assert configs.choices("datamodule") == [
+        "c4", "demo", "openwebtext", "text", "thepile", "wikipedia"
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dataset", ["c4", "demo", "openwebtext", "thepile"])
+@pytest.mark.parametrize("dataset", ["c4", "demo", "openwebtext", "thepile", "wikipedia"])
 def test_data_sets_have_the_same_keys(dataset: str) -> None:
     text = configs.compose(["datamodule=text", "datamodule.data_files=a.txt"])
     assert set(configs.compose([f"datamodule={dataset}"]).datamodule) == set(text.datamodule)

@@ -54,7 +54,8 @@ def test_family_trains_one_step(family: str) -> None:
     torch.manual_seed(0)
     model = tiny(family)
     tokens = torch.randint(0, 50, (2, 16))
-    loss = model(input_ids=tokens, labels=tokens).loss
+    more = {"next_sentence_label": torch.tensor([0, 1])} if family == "bert" else {}
+    loss = model(input_ids=tokens, labels=tokens, **more).loss
     loss.backward()
     assert torch.isfinite(loss)
     assert model.training
@@ -77,7 +78,7 @@ def test_parts_have_the_names_that_structure_says(family: str) -> None:
     assert parts.first_qkv == parts.attention[0][:-1]
     assert parts.head is not None
     assert modules[parts.head] is model.get_output_embeddings()
-    assert len(parts.outside) == (2 if family == "opt" else 0)
+    assert len(parts.outside) == {"opt": 2, "bert": 3}.get(family, 0)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -89,14 +90,16 @@ def test_structure_is_the_same_after_sparsify(family: str) -> None:
 
 
 def test_structure_without_head_or_of_a_stranger() -> None:
-    from transformers import BertConfig, BertForPreTraining, BertModel
+    from transformers import BertConfig, BertModel
 
     config = BertConfig(**TINY["bert"], vocab_size=48)
     with torch.device("meta"):
         parts = structure(BertModel(config))
-        assert (parts.head, parts.blocks[0]) == (None, "encoder.layer.0")
-        parts = structure(BertForPreTraining(config))
-        assert parts.outside == ["cls.seq_relationship"]
+    assert (parts.head, parts.blocks[0]) == (None, "encoder.layer.0")
+    assert parts.outside == ["pooler.dense"]
+    assert structure(tiny("bert")).outside == [
+        "bert.pooler.dense", "cls.predictions.transform.dense", "cls.seq_relationship"
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=r"parts of Linear .*not known; known types: gpt2"):
         structure(nn.Linear(2, 2))
 

@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,8 @@ def test_every_command_line_is_right(words):
         from slope.cli import bench
 
         assert bench.prepared(rest[1:]).cases()
+    elif words[:2] in (["slope", "generate"], ["slope", "export"]):
+        import_module(f"slope.cli.{words[1]}").parse(rest[1:])
     elif program in ("python", "bash"):
         assert (ROOT / rest[0]).is_file()
     else:

@@ -172,7 +172,7 @@ def test_wrong_setting_of_one_method_is_found_before_any_run(smoke, tmp_path, ca
         (["experiment=compare/smok"], 2, "did you mean experiment=compare/smoke?"),
         (["experiment=compare/smoke", "--only", "dens"], 2, "did you mean 'dense'?"),
         (["experiment=compare/smoke", "--jobs", "0"], 2, "--jobs 0 must be at least 1."),
-        ([], 2, "nothing to compare; choose experiment=compare/"),
+        ([], 2, "nothing to compare; choose experiment=bert/"),
     ],
 )
 def test_wrong_command_line(arguments, code, message, capsys):

@@ -13,12 +13,16 @@ from slope.compare import plan
 from slope.training.pruner import check_pruner
 
 SMOKE = "experiment=compare/smoke"
-COMPARISONS = {"adapters": 45, "column_mask": 6, "small": 27, "smoke": 3}  # methods
+COMPARISONS = {  # methods
+    "bert/table_mixed": 7, "bert/table_mixed_small": 7, "bert/table_modules": 3,
+    "bert/table_modules_small": 3, "bert/table_ranks": 5, "bert/table_ranks_small": 5,
+    "compare/adapters": 45, "compare/column_mask": 6, "compare/small": 27, "compare/smoke": 3,
+}  # fmt: skip
 
 
 @cache
 def whole(name):
-    return plan.load([f"experiment=compare/{name}", "paths.root=nowhere"])
+    return plan.load([f"experiment={name}", "paths.root=nowhere"])
 
 
 def with_section(monkeypatch, change):
@@ -43,7 +47,7 @@ def drop_key(name):
 
 
 def test_the_comparisons_are_listed_and_composed_by_the_other_tests():
-    assert plan.choices() == [f"compare/{name}" for name in COMPARISONS]
+    assert plan.choices() == list(COMPARISONS)
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
@@ -53,8 +57,8 @@ def test_comparison_composes_and_names_its_methods(name):
     assert len(comparison.runs) == len(comparison.methods) * len(comparison.seeds)
     for label, method in comparison.methods.items():
         assert method.panel or label in (comparison.baseline, comparison.reference)
-    text = (Path(configs.__file__).parent / "experiment" / "compare" / f"{name}.yaml").read_text()
-    assert f"slope compare experiment=compare/{name}" in text
+    text = (Path(configs.__file__).parent / "experiment" / f"{name}.yaml").read_text()
+    assert f"slope compare experiment={name}\n" in text
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
@@ -106,7 +110,7 @@ def test_select_keeps_the_order_of_the_comparison(tmp_path):
             ["experiment=demo"],
             r"experiment=demo is one run, `slope train` does it; choose exp.*ada",
         ),
-        ([], r"nothing to compare; choose experiment=compare/adapters or experiment="),
+        ([], r"nothing to compare; choose experiment=bert/table_mixed or experiment="),
         ([SMOKE, "seed=3"], r"seed=3 has no meaning .* type 'compare.seeds=\[3\]'"),
         ([SMOKE, "trainer.devices=2"], r"trainer.devices=2 .*one process on one device.*--jobs N"),
         ([SMOKE, "trainer.max_step=2"], r"did you mean 'trainer.max_steps'"),

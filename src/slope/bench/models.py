@@ -73,13 +73,18 @@ def overrides(model: str, layers: int | None = None) -> list[str]:
         layers: blocks, None for all.
 
     Raises:
-        ValueError: for an unknown model, or more blocks than it has.
+        ValueError: for an unknown model, one that is not causal, or more blocks than it has.
     """
     from slope import configs
     from slope.estimate.request import find_model
 
     words = list(_TOY) if model == TOY else [f"model={find_model(model)}"]
     cfg = configs.compose(words).model
+    if cfg.family == "bert":
+        raise ValueError(
+            f"--models {model}: causal models are measured; choose another, or type "
+            f"slope estimate model={find_model(model)} for what the arithmetic says."
+        )
     words += [f"model.config.{setting}" for setting in _BY_FAMILY.get(cfg.family, ())]
     if model == TOY:
         words.append("model.config.vocab_size=512")

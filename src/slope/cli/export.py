@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ examples:
 """
 
 
-def run(arguments: list[str]) -> int:
-    """Load, prune if asked to, and write."""
+def parse(arguments: list[str]) -> Namespace:
+    """Read the command line."""
     parser = common.parser("export", "Write a checkpoint as a folder.", _EPILOG)
     add_source(parser)
     add = parser.add_argument
@@ -47,9 +49,16 @@ def run(arguments: list[str]) -> int:
         parser.error("--fold goes with --format hf: the other formats keep adapters apart")
     if options.calibration is not None and options.sparsify is None:
         parser.error("--calibration goes with --sparsify wanda")
+    return options
+
+
+def run(arguments: list[str]) -> int:
+    """Load, prune if asked to, and write."""
+    options = parse(arguments)
 
     from slope.deploy import prune
     from slope.deploy.source import quiet_transformers
+    from slope.export.dense import ADAPTER_FOLDER
 
     source = open_source(options)
     if options.sparsify is not None:
@@ -68,18 +77,23 @@ def run(arguments: list[str]) -> int:
     print(facts["summary"])
     if source.tokenizer is None and options.format != "peft":
         print("no tokenizer came with the checkpoint: none was written (--tokenizer PATH adds it)")
+    if (options.output / ADAPTER_FOLDER).is_dir():
+        print(f"the adapters are in {options.output / ADAPTER_FOLDER}, for peft")
     print(f"written: {facts['output']} ({facts['bytes'] / 1e6:.1f} MB)")
     return 0
 
 
-def _write(source: Any, options: Any) -> dict[str, Any]:
+def _write(source: Any, options: Namespace) -> dict[str, Any]:
     import slope
     from slope.convert import pruned_layers
     from slope.export import save_dense, save_peft
 
     model, output, force = source.model, options.output, options.force
+    methods = {layer.method.name for _, layer in pruned_layers(model)}
+    for method in sorted(methods & {"static-input", "dynamic-input"}):
+        print(f"note: what {method} prunes of inputs is in no weight; it is lost", file=sys.stderr)
     if options.format == "slope":
-        if any(True for _ in pruned_layers(model)):
+        if methods:
             slope.compress_weights(model, fold_adapters=True)
         for _, layer in slope.sparse_layers(model):
             # Training would refresh it before its next use; as it is, it only takes room.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ examples:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def run(arguments: list[str]) -> int:
-    """Load, generate and print."""
+def parse(arguments: list[str]) -> Namespace:
+    """Read the command line."""
     parser = common.parser("generate", "Continue prompts with a trained model.", _EPILOG)
     add_source(parser)
     add = parser.add_argument
@@ -48,6 +49,12 @@ def run(arguments: list[str]) -> int:
         parser.error("give --prompt TEXT or --prompts-file FILE")
     if options.batch_size < 1:
         parser.error(f"--batch-size {options.batch_size} must be at least 1")
+    return options
+
+
+def run(arguments: list[str]) -> int:
+    """Load, generate and print."""
+    options = parse(arguments)
     prompts = options.prompt or _read_prompts(options.prompts_file)
 
     from slope.deploy.generate import Sampling, generate
@@ -57,7 +64,7 @@ def run(arguments: list[str]) -> int:
         sampling = Sampling(**{name: getattr(options, name) for name in names})
     except ValueError as error:
         return common.usage_error(error, options.traceback)
-    source = open_source(options)
+    source = open_source(options, training=False)
     if source.tokenizer is None:
         raise ValueError(
             f"'{source.path}' comes without a tokenizer; type --tokenizer <a tokenizer.json, or a "
@@ -65,8 +72,6 @@ def run(arguments: list[str]) -> int:
         )
     model = _prepared(source.model, options)
     stream = len(prompts) == 1 and not options.json
-    if stream:
-        print(prompts[0], end="", flush=True)
     results: list[dict[str, Any]] = []
     seconds = 0.0
     for start in range(0, len(prompts), options.batch_size):
@@ -81,7 +86,7 @@ def run(arguments: list[str]) -> int:
         print()
     tokens = sum(result["tokens"] for result in results)
     if options.json:
-        facts = {"source": str(source.path), "device": str(model.device)}
+        facts: dict[str, Any] = {"source": str(source.path), "device": str(model.device)}
         facts |= {"dtype": str(model.dtype).removeprefix("torch."), "sampling": asdict(sampling)}
         totals = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
         print(json.dumps(facts | {"results": results} | totals, indent=2, ensure_ascii=False))
@@ -92,7 +97,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def add_source(parser: Any) -> None:
+def add_source(parser: ArgumentParser) -> None:
     """The options that say which model is meant."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="see below")
     parser.add_argument(
@@ -106,7 +111,7 @@ def add_source(parser: Any) -> None:
     )
 
 
-def open_source(options: Any) -> Any:
+def open_source(options: Namespace, training: bool = True) -> Any:
     """Load what the options of :func:`add_source` say, in the dtype asked for."""
     import torch
 
@@ -114,7 +119,10 @@ def open_source(options: Any) -> Any:
 
     with source.quiet_transformers():
         found = source.open_source(
-            options.checkpoint, tokenizer=options.tokenizer, heads=options.heads
+            options.checkpoint,
+            tokenizer=options.tokenizer,
+            heads=options.heads,
+            training=training,
         )
     if options.dtype is not None:
         source.cast(found.model, getattr(torch, options.dtype))
@@ -134,7 +142,7 @@ def _read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _prepared(model: Any, options: Any) -> Any:
+def _prepared(model: Any, options: Namespace) -> Any:
     """The model where it is to run, frozen."""
     import torch
 

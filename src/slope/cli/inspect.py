@@ -153,13 +153,9 @@ def _vocabulary(cfg: Any) -> int:
     """Entries of the tokenizer; of one that is trained on the corpus, as many as it may have."""
     if cfg.model.config.get("vocab_size") is not None:
         return 1  # the model's own number counts
-    from slope.data.config import DataConfig
-    from slope.data.tokenizer import bpe_vocab_size, load_tokenizer
+    from slope.data.tokenizer import vocabulary_entries
 
-    spec = str(cfg.datamodule.tokenizer)
-    if spec.startswith("bpe:"):
-        return bpe_vocab_size(spec)
-    return load_tokenizer(DataConfig(tokenizer=spec), ()).vocab_size
+    return vocabulary_entries(str(cfg.datamodule.tokenizer))
 
 
 def _of_run(path: Path) -> _Inspected:

@@ -24,8 +24,8 @@ def run(arguments: list[str]) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     if not options.overrides:
-        names = configs.choices("experiment")
-        listed = ", ".join(name for name in names if not name.startswith("compare/"))
+        several = configs.comparisons()
+        listed = ", ".join(name for name in configs.choices("experiment") if name not in several)
         return common.fail(f"nothing to train; add experiment=demo or another of {listed}.", 2)
     if options.cfg:
         return common.print_config(options.overrides)

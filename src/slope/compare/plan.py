@@ -1,9 +1,9 @@
 """What a comparison consists of: its methods, its seeds, and the configuration of every run.
 
-A comparison is an experiment (``configs/experiment/compare/``) with a section ``compare``: the
-``methods``, each with ``about``, ``overrides`` and perhaps the ``panel`` of the figure that it is
-drawn in; the ``seeds``; the ``baseline`` that the others are measured against; and perhaps a
-``reference``, a second method that is drawn in every panel.
+A comparison is an experiment (``configs/experiment/compare/`` and others) with a section
+``compare``: the ``methods``, each with ``about``, ``overrides`` and perhaps the ``panel`` of the
+figure that it is drawn in; the ``seeds``; the ``baseline`` that the others are measured against;
+and perhaps a ``reference``, a second method that is drawn in every panel.
 
 Every pair of a method and a seed is one run of the training program. What a method may change is
 how its weights are pruned, started and optimised; whatever would give it other data, another model
@@ -139,7 +139,7 @@ class Comparison:
 
 def choices() -> list[str]:
     """What may stand behind ``experiment=`` of a comparison."""
-    return [name for name in configs.choices("experiment") if name.startswith("compare/")]
+    return configs.comparisons()
 
 
 def load(overrides: Sequence[str]) -> Comparison:

@@ -39,6 +39,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "trainer.gradient_clip_val": (int, float, type(None)),
     "trainer.limit_val_batches": (int, type(None)),
     "datamodule.data_files": (str, list),
+    "datamodule.masking.max_predictions": (int, type(None)),
     "model.config.vocab_size": (int, type(None)),
     "train.scheduler.warmup_steps": (int, type(None)),
     "callbacks.diagnostics.every_n_steps": (int, type(None)),
@@ -63,13 +64,25 @@ def groups() -> list[str]:
 def choices(group: str) -> list[str]:
     """What may stand behind ``group=``; the ``base`` files that others build on are left out.
 
+    But for ``bert/base``, which is a model's size and not a recipe to build on.
+
     Example:
         >>> choices("optimizer")
-        ['adamw', 'adamw-zero']
+        ['adamw', 'adamw-zero', 'lamb']
     """
     folder = _FOLDER / group
     names = (p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
-    return sorted(name for name in names if name.rsplit("/", 1)[-1] != "base")
+    return sorted(n for n in names if n.rsplit("/", 1)[-1] != "base" or n == "bert/base")
+
+
+def comparisons() -> list[str]:
+    """The experiments that compare several methods, for ``slope compare``."""
+    folder = _FOLDER / "experiment"
+    return [
+        name
+        for name in choices("experiment")
+        if re.search("^compare:", (folder / f"{name}.yaml").read_text(encoding="utf-8"), re.M)
+    ]
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:

@@ -6,6 +6,14 @@
 from slope.data.config import DataConfig, HubSource
 from slope.data.dataset import TokenDataset
 from slope.data.loader import BatchLoader
-from slope.data.prepare import TokenData, prepare
+from slope.data.prepare import TokenData, pairs, prepare
 
-__all__ = ["BatchLoader", "DataConfig", "HubSource", "TokenData", "TokenDataset", "prepare"]
+__all__ = [
+    "BatchLoader",
+    "DataConfig",
+    "HubSource",
+    "TokenData",
+    "TokenDataset",
+    "pairs",
+    "prepare",
+]

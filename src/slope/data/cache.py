@@ -233,7 +233,7 @@ def _build(
         shutil.rmtree(left, ignore_errors=True)  # the lock, so nobody is writing them
     corpus.check()
     with TokenProgress(corpus.total, enabled=progress) as bar:
-        if config.tokenizer.startswith("bpe:"):
+        if config.tokenizer.startswith(("bpe:", "wordpiece:")):
             bar.start("training the tokenizer")
         tokenizer = load_tokenizer(config, _training_texts(corpus, config, bar))
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")

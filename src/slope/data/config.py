@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-DATASETS = ("demo", "text", "openwebtext", "thepile", "c4")
+DATASETS = ("demo", "text", "openwebtext", "thepile", "c4", "wikipedia")
 _MISSING = "???"  # OmegaConf's mark of a value that the user has to give
 
 
@@ -29,6 +29,7 @@ HUB_DEFAULTS = {
     "openwebtext": HubSource("Skylion007/openwebtext"),
     "thepile": HubSource("monology/pile-uncopyrighted", streaming=True),
     "c4": HubSource("allenai/c4", "en", streaming=True),
+    "wikipedia": HubSource("wikimedia/wikipedia", "20231101.en"),
 }
 
 
@@ -37,11 +38,13 @@ class DataConfig:
     """The part of ``datamodule.*`` that decides which tokens a run sees.
 
     Args:
-        dataset: ``demo``, ``text`` (local files), ``openwebtext``, ``thepile`` or ``c4``.
+        dataset: ``demo``, ``text`` (local files), ``openwebtext``, ``thepile``, ``c4`` or
+            ``wikipedia``.
         hub: where a hub data set is found; None takes the usual place of ``dataset``.
         data_files: paths, folders or globs of local files, for ``dataset="text"``.
         text_field: field of a JSON line, column of a table, that holds the text.
-        tokenizer: ``gpt2``, ``bpe:<vocabulary size>`` (trained on the corpus) or a path.
+        tokenizer: ``gpt2``, ``bert-uncased``, ``bpe:<vocabulary size>`` or
+            ``wordpiece:<vocabulary size>`` (trained on the corpus), or a path.
         eos_token: token put after every document; None takes the tokenizer's own.
         max_length: tokens per sequence.
         cache_dir: folder of the token caches.

@@ -62,6 +62,12 @@ class TokenDataset:
         """Several sequences in one read, as int64, shape (len(indices), max_length)."""
         return torch.from_numpy(self._sequences[np.asarray(indices)].astype(np.int64))
 
+    def examples(
+        self, indices: Sequence[int] | NDArray[Any], seed: int, epochs: NDArray[Any]
+    ) -> dict[str, Tensor]:
+        """The same sequences in every epoch."""
+        return {"input_ids": self.batch(indices)}
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_tokens", "_sequences")}
 

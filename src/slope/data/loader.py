@@ -13,15 +13,26 @@ sequences left than ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slope.data.dataset import TokenDataset
+
+class Examples(Protocol):
+    """A data set of numbered examples, each drawn anew in each epoch or always the same."""
+
+    max_length: int
+
+    def __len__(self) -> int: ...
+
+    def examples(
+        self, indices: Sequence[int] | NDArray[Any], seed: int, epochs: NDArray[Any]
+    ) -> dict[str, Tensor]:
+        """A batch; what is random about an example is a function of seed, epoch and index."""
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> NDArray[Any]:
@@ -32,10 +43,10 @@ def epoch_order(seed: int, epoch: int, size: int) -> NDArray[Any]:
 
 
 class BatchLoader:
-    """Iterate over batches ``{"input_ids": int64 (batch, max_length)}``.
+    """Iterate over batches of a data set: ``{"input_ids": int64 (batch, max_length), ...}``.
 
     Args:
-        dataset: sequences.
+        dataset: sequences, or pairs of them.
         batch_size: sequences per batch of this process.
         seed: seed of the order, ≥ 0.
         shuffle: True: endless and shuffled; an iterator goes on where the last one stopped.
@@ -54,7 +65,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Examples,
         batch_size: int,
         *,
         seed: int,
@@ -118,9 +129,7 @@ class BatchLoader:
             if first + size > total:
                 share = self._share(max(0, total - first))
             return np.arange(first + share.start, first + share.stop)
-        first += self.rank * self.batch_size
-        positions = np.arange(first, first + self.batch_size)
-        epochs, places = np.divmod(positions, total)
+        epochs, places = np.divmod(self._positions(batch), total)
         chosen = np.empty(self.batch_size, np.int64)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             if epoch != self._epoch:
@@ -129,19 +138,28 @@ class BatchLoader:
             chosen[inside] = self._order[places[inside]]
         return chosen
 
+    def _positions(self, batch: int) -> NDArray[Any]:
+        """Places in the endless stream that this rank's batch ``batch`` takes."""
+        first = (batch * self.world_size + self.rank) * self.batch_size
+        return np.arange(first, first + self.batch_size)
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.shuffle:
             while True:
-                indices = self.indices(self._next)
+                number = self._next
                 self._next += 1  # before the yield: the caller holds the batch from here on
-                yield self._load(indices)
+                epochs = self._positions(number) // len(self.dataset)
+                yield self._load(self.indices(number), epochs)
         start, self._next = self._next, 0
         for number in range(start, len(self)):
-            yield self._load(self.indices(number))
+            indices = self.indices(number)
+            yield self._load(indices, np.zeros_like(indices))
 
-    def _load(self, indices: NDArray[Any]) -> dict[str, Tensor]:
-        tokens = self.dataset.batch(indices)
-        return {"input_ids": tokens.pin_memory() if self.pin_memory else tokens}
+    def _load(self, indices: NDArray[Any], epochs: NDArray[Any]) -> dict[str, Tensor]:
+        batch = self.dataset.examples(indices, self.seed, epochs)
+        if self.pin_memory:
+            return {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands: batches of this process, sequences of all, consumed so far."""

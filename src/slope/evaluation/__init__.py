@@ -3,5 +3,6 @@
 from slope.evaluation.bigram import bigram_loss
 from slope.evaluation.perplexity import mean_loss, perplexity
 from slope.evaluation.sampling import sample
+from slope.evaluation.unigram import unigram_loss
 
-__all__ = ["bigram_loss", "mean_loss", "perplexity", "sample"]
+__all__ = ["bigram_loss", "mean_loss", "perplexity", "sample", "unigram_loss"]

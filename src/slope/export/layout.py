@@ -11,25 +11,29 @@ For a layer named L of shape (O, I), with K = I*n/m values kept per row:
 | L.bias              | (O,)             | float | as the layer has it                        |
 | L.adapter.down, .up | (R, I), (O, R)   | float | as the layer has it                        |
 
-2:4 in bf16 takes 0.5625 of the dense bytes, plus 1/32 for the column mask, which only training
-reads. The first three names and layouts are those of compressed-tensors; a reader of that format
-finds what it expects for 2:4.
+2:4 in bf16 takes 0.5625 of the dense bytes. The column mask, which only training reads, costs
+another 1/32 and is left out where the values give it. The first three names and layouts are those
+of compressed-tensors; a reader of that format finds what it expects for 2:4.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slope.compressed import compress, decompress, pack_bits, unpack_bits
+from slope.compressed import compress, pack_bits, unpack_bits
 from slope.linear import SlopeLinear
 from slope.pattern import NMPattern
 
 FORMAT = "slope"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1: one file, every column mask stored
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 SLOPE_FILE = "slope.json"
 CONFIG_FILE = "config.json"
 
@@ -49,6 +53,7 @@ def describe(layer: SlopeLinear) -> dict[str, Any]:
         "bias": layer.bias is not None,
         "column_mask_interval": layer.column_mask_interval,
         "prune_backward": layer.prune_backward,
+        "column_mask": _keeps_column_mask(layer),
         "origin": layer.origin,
         "adapter": None
         if adapter is None
@@ -78,36 +83,85 @@ def layer_from(entry: dict[str, Any], dtype: torch.dtype, backend: str) -> Slope
     return layer
 
 
-def expected_shapes(layer: SlopeLinear) -> dict[str, tuple[int, ...]]:
+def _keeps_column_mask(layer: SlopeLinear) -> bool:
+    """Whether the file has to hold the column mask: it may be older than the values."""
+    fresh = copy.copy(layer)
+    fresh._buffers = dict(layer._buffers)
+    fresh.column_mask = layer.column_mask.clone()
+    fresh.refresh_column_mask()
+    return not torch.equal(fresh.column_mask, layer.column_mask)
+
+
+def expected_shapes(layer: SlopeLinear, entry: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Leaf name -> shape of every tensor that the layer has in the file."""
     shapes: dict[str, tuple[int, ...]] = {
         "compressed": tuple(layer.values.shape),
         "bitmask": (layer.out_features, -(-layer.in_features // 8)),
         "shape": (2, 1),
-        "column_mask": tuple(layer.column_mask.shape),
     }
+    if entry.get("column_mask", True):
+        shapes["column_mask"] = tuple(layer.column_mask.shape)
     for leaf, parameter in layer.named_parameters():
         if leaf != "values":
             shapes[leaf] = tuple(parameter.shape)
     return shapes
 
 
-def encode(layer: SlopeLinear) -> dict[str, Tensor]:
-    """Leaf name -> tensor for the file."""
+def encode(layer: SlopeLinear, entry: dict[str, Any]) -> dict[str, Tensor]:
+    """Leaf name -> tensor for the file; ``entry`` is what :func:`describe` gave."""
     tensors = {
         "compressed": layer.values.detach(),
         "bitmask": pack_bits(layer.keep_mask()),
         "shape": torch.tensor([[layer.out_features], [layer.in_features]]),
-        "column_mask": layer.column_mask,
     }
+    if entry["column_mask"]:
+        tensors["column_mask"] = layer.column_mask
     for leaf, parameter in layer.named_parameters():
         if leaf != "values":
             tensors[leaf] = parameter.detach()
     return tensors
 
 
-def decode(name: str, layer: SlopeLinear, tensors: dict[str, Tensor]) -> None:
+@functools.cache
+def _metadata_of_bytes() -> tuple[Tensor, Tensor]:
+    """For 2:4: metadata of each byte of a bitmask (256,) uint8, and which bytes are legal."""
+    keep_masks = unpack_bits(torch.arange(256, dtype=torch.uint8).unsqueeze(1), 8)
+    legal = (keep_masks.unflatten(1, (2, 4)).sum(-1) == 2).all(-1)
+    metadata = torch.zeros(256, dtype=torch.uint8)
+    allowed = keep_masks[legal]
+    metadata[legal] = compress(allowed, allowed, NMPattern(2, 4)).metadata.flatten()
+    return metadata, legal
+
+
+def _metadata(name: str, layer: SlopeLinear, bitmask: Tensor) -> Tensor:
+    """Positions of the kept values, checked against the layer's pattern."""
+    pattern = layer.pattern
+    if pattern == NMPattern(2, 4) and layer.in_features % 8 == 0:
+        # A byte of the one is a byte of the other: a table is what makes large models load fast.
+        metadata, legal = (table.to(bitmask.device) for table in _metadata_of_bytes())
+        index = bitmask.int()
+        if bool(legal[index].all()):
+            return metadata[index]
+    keep_mask = unpack_bits(bitmask, layer.in_features)
+    kept = keep_mask.unflatten(1, (-1, pattern.m)).sum(-1)
+    if not bool((kept == pattern.n).all()):
+        row, group = torch.nonzero(kept != pattern.n)[0].tolist()
+        raise ValueError(
+            f"the bitmask of layer {name!r} keeps {int(kept[row, group])} of {pattern.m} in row "
+            f"{row}, group {group}, but its pattern is {pattern}; the file is damaged, export it "
+            "again."
+        )
+    return compress(keep_mask, keep_mask, pattern).metadata
+
+
+def decode(name: str, layer: SlopeLinear, tensors: dict[str, Tensor], training: bool) -> None:
     """Fill a layer of :func:`layer_from` with the tensors of the file.
+
+    Args:
+        name: of the layer, for errors.
+        layer: the layer.
+        tensors: leaf name -> tensor.
+        training: False leaves a column mask that is not in the file out: all values survive.
 
     Raises:
         ValueError: if a mask breaks the layer's pattern.
@@ -119,27 +173,21 @@ def decode(name: str, layer: SlopeLinear, tensors: dict[str, Tensor]) -> None:
             f"layer {name!r} is {layer.out_features} x {layer.in_features}, but the shape stored "
             f"beside its values is {shape}; the file is damaged, export it again."
         )
-    keep_mask = unpack_bits(tensors["bitmask"], layer.in_features)
-    kept = keep_mask.unflatten(1, (-1, pattern.m)).sum(-1)
-    if not bool((kept == pattern.n).all()):
-        row, group = torch.nonzero(kept != pattern.n)[0].tolist()
-        raise ValueError(
-            f"the bitmask of layer {name!r} keeps {int(kept[row, group])} of {pattern.m} in row "
-            f"{row}, group {group}, but its pattern is {pattern}; the file is damaged, export it "
-            "again."
-        )
-    metadata = compress(keep_mask, keep_mask, pattern).metadata
-    survives = unpack_bits(tensors["column_mask"], layer.values.shape[1])
-    columns = decompress(survives, metadata, pattern, layer.in_features)
-    crowded = (columns.unflatten(0, (-1, pattern.m)).sum(1) > pattern.n).any()
-    if layer.prune_backward and bool(crowded):
-        raise ValueError(
-            f"the column mask of layer {name!r} keeps more than {pattern.n} of {pattern.m} along "
-            "d_out; the file is damaged, export it again."
-        )
     layer.values = nn.Parameter(tensors["compressed"])
-    layer.metadata = metadata
-    layer.column_mask = tensors["column_mask"]
+    layer.metadata = _metadata(name, layer, tensors["bitmask"])
+    if "column_mask" in tensors:
+        layer.column_mask = tensors["column_mask"]
+        crowded = layer.column_keep_mask().unflatten(0, (-1, pattern.m)).sum(1) > pattern.n
+        if layer.prune_backward and bool(crowded.any()):
+            raise ValueError(
+                f"the column mask of layer {name!r} keeps more than {pattern.n} of {pattern.m} "
+                "along d_out; the file is damaged, export it again."
+            )
+    else:
+        device = layer.values.device
+        layer.column_mask = torch.full_like(layer.column_mask, 255, device=device)
+        if training:
+            layer.refresh_column_mask()
     if layer.bias is not None:
         layer.bias = nn.Parameter(tensors["bias"])
     if layer.adapter is not None:

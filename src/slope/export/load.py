@@ -19,7 +19,8 @@ from slope.convert import dense_weight
 from slope.export.layout import (
     CONFIG_FILE,
     FORMAT,
-    FORMAT_VERSION,
+    INDEX_FILE,
+    READABLE_VERSIONS,
     SLOPE_FILE,
     WEIGHTS_FILE,
     decode,
@@ -27,6 +28,7 @@ from slope.export.layout import (
     join,
     layer_from,
 )
+from slope.export.save import sha256
 from slope.linear import SlopeLinear
 from slope.methods import PrunedLinear
 
@@ -37,8 +39,12 @@ def load_pretrained(
     *,
     device: torch.device | str = "cpu",
     backend: str = "auto",
+    verify: bool = False,
+    training: bool = True,
 ) -> nn.Module:
     """Load a model that :func:`slope.save_pretrained` wrote, bit for bit, masks included.
+
+    On the CPU the weights are mapped into memory, so they are read when they are first used.
 
     Args:
         directory: the exported folder.
@@ -47,6 +53,10 @@ def load_pretrained(
             the model is built from `config.json`.
         device: where the tensors go.
         backend: who computes the products of the sparse layers.
+        verify: read the weights at once and compare their SHA-256 with those of the export. Without
+            it shapes and masks are checked, but not each value.
+        training: False saves the time that choosing column masks takes; only training reads them,
+            and at a ``column_mask_interval`` of 1 it chooses them anew.
 
     Returns:
         The model, in eval mode.
@@ -57,8 +67,10 @@ def load_pretrained(
             model. `model` has not been changed then.
     """
     directory = Path(directory)
-    description = _read_description(directory)
-    weights = _open_weights(directory / WEIGHTS_FILE, device)
+    description = read_description(directory)
+    if verify:
+        _verify(directory, description)
+    weights = _Weights(directory, device)
     layers = _layers(description, weights, backend)
     if model is None:
         model = _build(directory, description)
@@ -67,8 +79,9 @@ def load_pretrained(
 
     plain = _plain_names(model, layers, description, weights)
     for name, layer in layers.items():
-        tensors = {leaf: weights.get_tensor(join(name, leaf)) for leaf in expected_shapes(layer)}
-        decode(name, layer, tensors)
+        shapes = expected_shapes(layer, description["layers"][name])
+        tensors = {leaf: weights.get_tensor(join(name, leaf)) for leaf in shapes}
+        decode(name, layer, tensors, training)
 
     for name, layer in layers.items():
         _put_layer(model, name, layer)
@@ -81,7 +94,8 @@ def load_pretrained(
     return model.eval()
 
 
-def _read_description(directory: Path) -> dict[str, Any]:
+def read_description(directory: Path) -> dict[str, Any]:
+    """Content of `slope.json`, checked."""
     path = directory / SLOPE_FILE
     if not directory.is_dir():
         raise FileNotFoundError(
@@ -99,10 +113,11 @@ def _read_description(directory: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"'{path}' does not describe a {FORMAT!r} export; is it another tool's?")
     version = description.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise ValueError(
             f"'{path}' has format_version {version!r}; this version of slope reads "
-            f"{FORMAT_VERSION}. Upgrade with pip install --upgrade slope-llm."
+            f"{' and '.join(map(str, READABLE_VERSIONS))}. Upgrade with pip install --upgrade "
+            "slope-llm."
         )
     for key, kind in (("layers", dict), ("tied", dict), ("buffers", list)):
         if not isinstance(description.get(key), kind):
@@ -111,35 +126,63 @@ def _read_description(directory: Path) -> dict[str, Any]:
 
 
 class _Weights:
-    """A safetensors file that is open for reading, with the shapes of its header."""
+    """The safetensors files of an export, open for reading, with the shapes of their headers."""
 
-    def __init__(self, path: Path, file: Any) -> None:
-        self.path = path
-        self._file = file
-        self.names = set(file.keys())
+    def __init__(self, directory: Path, device: torch.device | str) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = directory / WEIGHTS_FILE
+        files = [WEIGHTS_FILE]
+        if (directory / INDEX_FILE).is_file():
+            self.path = directory / INDEX_FILE
+            files = _shards(self.path)
+        self._files: dict[str, Any] = {}
+        for name in files:
+            path = directory / name
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"'{path}' is missing; the export is incomplete, copy or make it again."
+                )
+            try:
+                opened = safe_open(path, framework="pt", device=str(device))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"'{path}' is truncated or no safetensors file ({error}); copy or export it "
+                    "again."
+                ) from error
+            self._files |= dict.fromkeys(opened.keys(), opened)
+        self.names = self._files.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
+        return tuple(self._files[name].get_slice(name).get_shape())
 
     def get_tensor(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+        return self._files[name].get_tensor(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        sliced = self._file.get_slice(name)
+        sliced = self._files[name].get_slice(name)
         return sliced[:0].dtype if len(sliced.get_shape()) else self.get_tensor(name).dtype
 
 
-def _open_weights(path: Path, device: torch.device | str) -> _Weights:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"'{path}' is missing; the export is incomplete, make it again.")
+def _shards(index: Path) -> list[str]:
+    """File names in an index; none of them outside the folder."""
     try:
-        return _Weights(path, safe_open(path, framework="pt", device=str(device)))
-    except SafetensorError as error:
-        raise ValueError(
-            f"'{path}' is truncated or no safetensors file ({error}); copy or export it again."
-        ) from error
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a shard is in another folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{index}' is damaged ({error}); export the model again.") from error
+    return names
+
+
+def _verify(directory: Path, description: dict[str, Any]) -> None:
+    for name, digest in description.get("files", {}).items():
+        path = directory / Path(name).name
+        if path.is_file() and sha256(path) != digest:
+            raise ValueError(
+                f"'{path}' is not the file that was exported (its SHA-256 differs from that in "
+                f"{SLOPE_FILE}); copy or export it again."
+            )
 
 
 def _layers(description: dict[str, Any], weights: _Weights, backend: str) -> dict[str, SlopeLinear]:
@@ -159,9 +202,10 @@ def _layers(description: dict[str, Any], weights: _Weights, backend: str) -> dic
                 f"{SLOPE_FILE} is damaged at layer {name!r} ({type(error).__name__}: {error}); "
                 "export the model again."
             ) from error
-        for leaf, shape in expected_shapes(layer).items():
+        shapes = expected_shapes(layer, entry)
+        for leaf, shape in shapes.items():
             _check_shape(weights, join(name, leaf), shape)
-        for leaf in ("bitmask", "column_mask"):
+        for leaf in shapes.keys() & {"bitmask", "column_mask"}:
             if weights.dtype(join(name, leaf)) != torch.uint8:
                 raise ValueError(
                     f"tensor {join(name, leaf)!r} is {weights.dtype(join(name, leaf))}, not uint8; "
@@ -196,14 +240,8 @@ def _build(directory: Path, description: dict[str, Any]) -> nn.Module:
     if attention in ("eager", "sdpa"):  # others need packages that may not be here
         options["attn_implementation"] = attention
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, **options)
-    kind = getattr(transformers, str(description.get("architecture")), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(
-            f"transformers {transformers.__version__} has no model "
-            f"{description.get('architecture')!r}; build it yourself and type "
-            "slope.load_pretrained(directory, model=model)."
-        )
-    with _parameters_on_meta():
+    kind = model_class(description.get("architecture"))
+    with parameters_on_meta():
         model = kind(config)
     if (directory / "generation_config.json").is_file():
         generation = transformers.GenerationConfig.from_pretrained(directory)
@@ -211,8 +249,25 @@ def _build(directory: Path, description: dict[str, Any]) -> nn.Module:
     return model
 
 
+def model_class(name: Any) -> Any:
+    """The model of `transformers` with this name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    import transformers
+
+    kind = getattr(transformers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"transformers {transformers.__version__} has no model {name!r}; build it yourself and "
+            "type slope.load_pretrained(directory, model=model)."
+        )
+    return kind
+
+
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Modules made in this thread get parameters without storage; buffers are computed as usual.
 
     The meta device alone would lose buffers that a constructor computes and never saves.
@@ -239,7 +294,11 @@ def _plain_names(
     weights: _Weights,
 ) -> list[str]:
     """Names of the tensors outside sparse layers; checks that file and model agree on all."""
-    stored = {join(name, leaf) for name, layer in layers.items() for leaf in expected_shapes(layer)}
+    stored = {
+        join(name, leaf)
+        for name, layer in layers.items()
+        for leaf in expected_shapes(layer, description["layers"][name])
+    }
     inside: set[str] = set()
     for name, layer in layers.items():
         inside |= {join(name, key) for key in _layer_in(model, name, layer).state_dict()}

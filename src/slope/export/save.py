@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from slope.convert import pruned_layers, sparse_layers
+from slope.export.card import write_card
+from slope.export.folder import new_folder
 from slope.export.layout import (
     CONFIG_FILE,
     FORMAT,
     FORMAT_VERSION,
+    INDEX_FILE,
     SLOPE_FILE,
-    WEIGHTS_FILE,
     describe,
     encode,
     join,
 )
 from slope.linear import SlopeLinear
+
+SHARD_BYTES = 5 * 10**9
 
 
 def save_pretrained(
@@ -51,33 +53,21 @@ def save_pretrained(
         FileExistsError: if the folder holds something already.
         OSError: if it cannot be written, for instance on a full disk.
     """
-    directory = Path(directory).resolve()
-    model = _unwrap(model)
+    model = unwrap(model)
     tensors, description = _collect(model)
-    _check_target(directory, force)
-
-    draft = _beside(directory, "new")
-    try:
-        draft.mkdir(parents=True)
+    with new_folder(directory, force) as draft:
         _write(draft, model, tensors, description, tokenizer)
-        _move_into_place(draft, directory)
-    except OSError as error:
-        raise OSError(
-            f"could not write the export '{directory}': {error}; free some space or choose another "
-            "folder. Nothing that was there before has been changed."
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return directory
+    return Path(directory).resolve()
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP and `torch.compile`."""
     inner: Any = model
     if isinstance(model, nn.parallel.DistributedDataParallel):
         inner = model.module
     elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
         inner = model._orig_mod
-    return inner if inner is model else _unwrap(inner)
+    return inner if inner is model else unwrap(inner)
 
 
 def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,9 +88,10 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "with its own save_pretrained() or torch.save(model.state_dict(), …)."
         )
     _check_not_shared(model)
+    entries = {name: describe(layer) for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        for leaf, tensor in encode(layer).items():
+        for leaf, tensor in encode(layer, entries[name]).items():
             tensors[join(name, leaf)] = tensor
     inside = {join(name, key) for name, layer in layers.items() for key in layer.state_dict()}
     dense, tied = _dense_tensors(model, inside)
@@ -117,7 +108,7 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "format_version": FORMAT_VERSION,
         "slope_version": __version__,
         "architecture": type(model).__name__,
-        "layers": {name: describe(layer) for name, layer in layers.items()},
+        "layers": entries,
         "tied": tied,
         "buffers": sorted(buffers),
     }
@@ -171,23 +162,6 @@ def _computed_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _check_target(directory: Path, force: bool) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"'{directory}' is a file; choose another folder for the export.")
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
-    if not force:
-        raise FileExistsError(
-            f"folder '{directory}' is not empty; choose another one, or pass force=True to "
-            "replace an earlier export."
-        )
-    if not (directory / SLOPE_FILE).is_file():
-        raise FileExistsError(
-            f"folder '{directory}' is not empty and holds no {SLOPE_FILE}, so it is no earlier "
-            "export and force=True does not replace it; choose another folder."
-        )
-
-
 def _write(
     draft: Path,
     model: nn.Module,
@@ -195,14 +169,10 @@ def _write(
     description: dict[str, Any],
     tokenizer: Any,
 ) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(_separate(tensors), draft / WEIGHTS_FILE, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    description["files"] = _write_tensors(draft, tensors)
+    description["vocabulary"] = None if tokenizer is None else vocabulary(tokenizer)
     (draft / SLOPE_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    write_card(draft, model, "slope", "Compressed weights: kept values and a bitmask.")
     config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
         config = copy.deepcopy(config)
@@ -213,13 +183,49 @@ def _write(
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(draft)
+    write_tokenizer(draft, tokenizer)
+
+
+def _write_tensors(draft: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Write one file, or shards and their index; file name -> SHA-256."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = _separate(tensors)
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
+    try:
+        for file, names in plan.filename_to_tensors.items():
+            part = {name: tensors[name] for name in names}
+            save_file(part, draft / file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (draft / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return {file: sha256(draft / file) for file in plan.filename_to_tensors}
+
+
+def write_tokenizer(draft: Path, tokenizer: Any) -> None:
+    """Save a tokenizer of `transformers` or `tokenizers`; None writes nothing."""
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(draft)
     elif tokenizer is not None:
         tokenizer.save(str(draft / "tokenizer.json"))
-    for path in draft.rglob("*"):
-        if path.is_file():
-            _sync(path)
+
+
+def vocabulary(tokenizer: Any) -> int:
+    """Largest id of a tokenizer plus one: the rows that an embedding needs."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -240,32 +246,3 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _dtype(model: nn.Module) -> torch.dtype:
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     return next(dtypes, torch.get_default_dtype())
-
-
-def _move_into_place(draft: Path, directory: Path) -> None:
-    """Rename; an earlier export steps aside first and is removed last."""
-    if directory.is_dir() and any(directory.iterdir()):
-        aside = _beside(directory, "old")
-        os.replace(directory, aside)
-        try:
-            os.replace(draft, directory)
-        except OSError:
-            os.replace(aside, directory)
-            raise
-        shutil.rmtree(aside)
-    else:
-        os.replace(draft, directory)
-    _sync(directory.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _beside(directory: Path, purpose: str) -> Path:
-    """A hidden name in the same file system that nobody else uses."""
-    return directory.with_name(f".{directory.name}.{purpose}-{uuid.uuid4().hex[:12]}")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slope.data.wordpiece import from_vocabulary
 from slope.finetune.metrics import Array
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def load_word_pieces(spec: str | None, init_from: str) -> WordPieces:
         path = path / _FILES[1]
     roles: Mapping[str, str] = {}
     if path.suffix == ".txt" and path.is_file():
-        backend = _from_vocabulary(path)
+        backend = from_vocabulary(path)
     else:
         from slope.data.config import DataConfig
         from slope.data.tokenizer import load_tokenizer
@@ -149,22 +150,3 @@ def _beside(init_from: Path) -> str:
         f"no {' or '.join(_FILES)} lies beside the checkpoint in '{folder}'; type "
         "tokenizer=<the vocab.txt or tokenizer.json that it was trained with>."
     )
-
-
-def _from_vocabulary(path: Path) -> Tokenizer:
-    """BERT's uncased tokenizer of a vocabulary."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
-    vocabulary: dict[str, int] = {}
-    for number, line in enumerate(path.read_bytes().decode().removesuffix("\n").split("\n")):
-        token = line.removesuffix("\r")
-        if not token or token in vocabulary:
-            what = f"{token!r} is there twice" if token else "empty"
-            raise ValueError(
-                f"'{path}' line {number + 1}: {what}; a vocab.txt has one token per line."
-            )
-        vocabulary[token] = number
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=_SPECIAL["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return tokenizer

@@ -16,7 +16,7 @@ FAMILIES = {
     "llama": "AutoModelForCausalLM",
     "mistral": "AutoModelForCausalLM",
     "qwen2": "AutoModelForCausalLM",
-    "bert": "AutoModelForMaskedLM",
+    "bert": "AutoModelForPreTraining",
 }
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 # Tensor cores want the vocabulary's side of the head divisible by 8.

@@ -14,7 +14,7 @@ class _Family:
     blocks: str
     qkv: tuple[str, ...]
     output: str
-    # linear layers outside the blocks that stay dense beside the head
+    # ends of the paths of linear layers outside the blocks that stay dense beside the head
     outside: tuple[str, ...] = ()
 
 
@@ -39,7 +39,7 @@ _FAMILIES = {
         blocks="encoder.layer",
         qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
         output="attention.output.dense",
-        outside=("seq_relationship",),
+        outside=("pooler.dense", "predictions.transform.dense", "seq_relationship"),
     ),
 }
 
@@ -54,7 +54,8 @@ class ModelStructure:
         first_qkv: Q, K, V of the first block, the first linear layers after the embedding.
         head: the output head, or None for a model without one.
         outside: further linear layers outside the blocks that stay dense: the projections
-            around OPT-350m's embedding, BERT's next-sentence head.
+            around OPT-350m's embedding, BERT's pooler, prediction transform and next-sentence
+            head.
     """
 
     blocks: list[str]
@@ -91,7 +92,9 @@ def structure(model: nn.Module) -> ModelStructure:
         attention=attention,
         first_qkv=attention[0][: len(names.qkv)],
         head=_head(model, modules),
-        outside=[name for name in modules if name.rpartition(".")[2] in names.outside],
+        outside=[
+            name for name in modules if any(f".{name}".endswith(f".{end}") for end in names.outside)
+        ],
     )
 
 

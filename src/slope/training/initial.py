@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from slope.training import pruner
 
 _MODULE = "model."
 _CONFIG, _SLOPE = "config.json", "slope.json"
+_POSITIONS = "bert.embeddings.position_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Weights:
 
     path: Path
     content: dict[str, Any] | None
+
+    def progress(self) -> str:
+        """How far the run of a checkpoint had come, for the log."""
+        if self.content is None:
+            return ""
+        steps = self.content["slope"]["signature"]["trainer.max_steps"]
+        return f" (step {self.content['global_step']} of {steps})"
 
 
 def locate(init_from: str | Path) -> Path:
@@ -94,6 +102,34 @@ def check(weights: Weights, model_section: Mapping[str, Any], max_length: int) -
             _make_alike(model, weights)
 
 
+def check_tokenizer(weights: Weights, tokenizer: Mapping[str, Any], vocabulary: int) -> None:
+    """See whether the tokens of a checkpoint's run are those of this one.
+
+    Args:
+        weights: a folder says nothing of its tokens.
+        tokenizer: this run's, in plain values.
+        vocabulary: entries of it.
+
+    Raises:
+        ValueError: if they are others.
+    """
+    if weights.content is None:
+        return
+    saved = weights.content["slope"]
+    entries = int(saved["signature"]["vocabulary"])
+    theirs = saved.get("tokenizer")
+    if entries != vocabulary:
+        difference = f"with {entries:,} tokens, and the tokenizer of this run has {vocabulary:,}"
+    elif theirs is not None and theirs["json"] != tokenizer["json"]:
+        difference = f"with another tokenizer of {entries:,} tokens"
+    else:
+        return
+    raise ValueError(
+        f"init_from={weights.path} was trained {difference}; type datamodule.tokenizer=<the one "
+        "that it was trained with>, on the same corpus if it was trained on that."
+    )
+
+
 def load_into(model: nn.Module, weights: Weights) -> None:
     """Give a dense model the trained weights; it stays dense, in training mode.
 
@@ -119,11 +155,16 @@ def load_into(model: nn.Module, weights: Weights) -> None:
 def restore(model: nn.Module, weights: Weights) -> None:
     """Make a dense model what the run of a checkpoint had at its last step, zeros and adapters too.
 
+    Parameters on the meta device are replaced by those of the checkpoint.
+
     Raises:
         ValueError: if they do not fit the model, with the differences.
     """
     assert weights.content is not None
-    model.load_state_dict(_make_alike(model, weights))
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(_make_alike(model, weights), assign=empty)
+    if empty:
+        cast(Any, model).tie_weights()
     section, steps = pruner_section(weights.content), int(weights.content["global_step"])
     saved = weights.content["slope"]["signature"]
     run = pruner.schedule(section, int(saved["trainer.max_steps"]))
@@ -142,6 +183,7 @@ def _make_alike(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
         name.removeprefix(_MODULE): tensor for name, tensor in weights.content["state_dict"].items()
     }
     here = model.state_dict()
+    _add_positions(state, here)
     _check_same(
         weights.path,
         {name: tuple(tensor.shape) for name, tensor in state.items()},
@@ -157,6 +199,17 @@ def pruner_section(content: Mapping[str, Any]) -> dict[str, Any]:
     section |= {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
     # Who computed its products does not matter here.
     return section | {"backend": "auto", "accelerate": False}
+
+
+def _add_positions(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Give BERT's table of positions in ``state`` the further rows that a longer model begins with.
+
+    The first phase of a pretraining may know short sequences only.
+    """
+    if _POSITIONS in state and _POSITIONS in own:
+        table, longer = state[_POSITIONS], own[_POSITIONS]
+        if len(table) < len(longer) and table.shape[1] == longer.shape[1]:
+            state[_POSITIONS] = torch.cat((table.to(longer), longer[len(table) :]))
 
 
 def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -136,6 +136,7 @@ class RunLoop(pl.Callback):
         tokens_per_epoch: tokens of the training split.
         seed: of the generators of a new run; each process adds its rank.
         rng_states: generator states of a checkpoint, one per process.
+        tokenizer: that of the data, in plain values; saved for whoever uses the model.
 
     Attributes:
         metrics: the CSV, on the first process only; set before the fit.
@@ -156,6 +157,7 @@ class RunLoop(pl.Callback):
         tokens_per_epoch: int,
         seed: int,
         rng_states: list[dict[str, Any]] | None = None,
+        tokenizer: dict[str, Any] | None = None,
     ) -> None:
         self.intervals = intervals
         self.directory = directory
@@ -169,6 +171,7 @@ class RunLoop(pl.Callback):
         self.tokens_per_epoch = tokens_per_epoch
         self.seed = seed
         self.rng_states = rng_states
+        self.tokenizer = tokenizer
         self.state = RunState()
         self.stopped_by: str | None = None
         self._pending: list[tuple[int, Tensor, Tensor]] = []
@@ -236,9 +239,10 @@ class RunLoop(pl.Callback):
                 row |= self.diagnostics.measure(pl_module.model, step)
         if validate:
             with self._aside():
-                loss = self._validate(trainer, pl_module)
+                measured = self._validate(trainer, pl_module)
+            loss = measured["val/loss"]
             self.state.val_loss, self.state.val_step = loss, step
-            row |= {"val/loss": loss, "val/perplexity": perplexity(loss)}
+            row |= measured | {"val/perplexity": perplexity(loss)}
         if validate or step == 1 or due(self.intervals.log, step):
             self._write(trainer, row)
         if save or progress:
@@ -272,6 +276,7 @@ class RunLoop(pl.Callback):
             "state": self.state.state_dict(),
             "rng": states,
             "seed": self.seed,
+            "tokenizer": self.tokenizer,
         }
 
     def on_load_checkpoint(
@@ -351,24 +356,24 @@ class RunLoop(pl.Callback):
         )
 
     @torch.no_grad()
-    def _validate(self, trainer: pl.Trainer, pl_module: LanguageModule) -> float:
-        """Mean loss per predicted token of the validation split, over all processes."""
-        sums = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
+    def _validate(self, trainer: pl.Trainer, pl_module: LanguageModule) -> dict[str, float]:
+        """Means over the validation split and all processes, the loss per predicted token."""
+        measures = len(pl_module.MEASURES)
+        sums = torch.zeros(measures, 2, dtype=torch.float64, device=pl_module.device)
         pl_module.eval()
         try:
             with rng.untouched(), trainer.precision_plugin.forward_context():
                 for batch in self.validation():
                     batch = {name: tensor.to(pl_module.device) for name, tensor in batch.items()}
-                    rows, length = batch["input_ids"].shape
-                    count = rows * (length - 1)
-                    sums[0] += pl_module.loss(batch).double() * count
-                    sums[1] += count
+                    for place, (mean, count) in enumerate(pl_module.evaluate(batch)):
+                        sums[place, 0] += mean.double() * count
+                        sums[place, 1] += count
         finally:
             pl_module.train()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
-        total, count = sums.tolist()
-        return total / count
+        means = (sums[:, 0] / sums[:, 1]).tolist()
+        return dict(zip(pl_module.MEASURES, means, strict=True))
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ COLUMNS = (
     "peak_memory_bytes",
     "adapters_active",
     *(f"mask/{column}" for column in MASK_COLUMNS),
+    "val/next_sentence_accuracy",
 )
 """Of ``metrics.csv``: one row per step."""
 DIAGNOSTICS_COLUMNS = ("step", "layer", *MASK_COLUMNS)

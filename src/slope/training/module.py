@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -12,18 +12,21 @@ from slope.training.optim import LearningRates, build_optimizer, parameter_group
 
 
 class LanguageModule(pl.LightningModule):
-    """A language model of transformers with AdamW and rates that depend on the step alone.
+    """A language model of transformers, its optimizer, and rates that depend on the step alone.
 
     Args:
         model: called with ``input_ids`` and ``labels``, returns an object with ``loss``.
         rates: learning rates by step.
-        optimizer: name, betas, eps and weight decay.
+        optimizer: name, betas, eps, weight decay, and for LAMB ``decay_embeddings``.
         fused: use the fused AdamW kernel.
 
     Attributes:
         losses: detached losses of the micro-batches since the last optimizer step.
         grad_norm: gradient norm of the last optimizer step, before clipping.
+        MEASURES: columns of the metrics that a validation fills in.
     """
+
+    MEASURES: ClassVar[tuple[str, ...]] = ("val/loss",)
 
     def __init__(
         self, model: nn.Module, rates: LearningRates, optimizer: dict[str, Any], fused: bool
@@ -43,6 +46,11 @@ class LanguageModule(pl.LightningModule):
         ).loss
         return loss
 
+    def evaluate(self, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor | int]]:
+        """What MEASURES names of a validation batch: means, and what each is the mean of."""
+        rows, length = batch["input_ids"].shape
+        return [(self.loss(batch), rows * (length - 1))]
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One micro-batch."""
         loss = self.loss(batch)
@@ -50,10 +58,12 @@ class LanguageModule(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the groups; no scheduler, the rates are set from the step."""
+        """The optimizer over the groups; no scheduler, the rates are set from the step."""
         settings = self._optimizer
         return build_optimizer(
-            parameter_groups(self.model, settings["weight_decay"]),
+            parameter_groups(
+                self.model, settings["weight_decay"], settings.get("decay_embeddings", False)
+            ),
             settings["name"],
             self.rates.peak,
             tuple(settings["betas"]),

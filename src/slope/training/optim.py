@@ -1,8 +1,8 @@
 """Parameter groups, the optimizer, and learning rates as pure functions of the step.
 
 Three groups: ``decay`` (weights of linear layers: 2-D tensors, a sparse layer's ``values`` among
-them), ``no_decay`` (biases, norms, embeddings) and ``adapters`` (no decay, own learning rate). A
-dormant adapter gets no gradient and so no optimizer state.
+them; for LAMB embeddings too), ``no_decay`` (biases, norms, else embeddings) and ``adapters`` (no
+decay, own learning rate). A dormant adapter gets no gradient and so no optimizer state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ or 10 % of the steps; half the peak and more make the loss worse in the last 1 %
 """
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_embeddings: bool = False
+) -> list[dict[str, Any]]:
     """The groups of a model in a fixed order, adapters last; an empty group is left out.
 
     Each group has a ``name`` and the ``names`` of its parameters beside what an optimizer reads.
@@ -40,7 +42,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     embedded = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, nn.Embedding)
+        if isinstance(module, nn.Embedding) and not decay_embeddings
         for parameter in module.parameters(recurse=False)
     }
     for name, parameter in model.named_parameters():
@@ -73,14 +75,18 @@ def build_optimizer(
     eps: float,
     fused: bool,
 ) -> torch.optim.Optimizer:
-    """AdamW, or AdamW with its state shared out over the processes (``adamw-zero``).
+    """AdamW, AdamW with its state shared out over the processes (``adamw-zero``), or LAMB.
 
     Raises:
         ValueError: for another name.
     """
-    if name not in ("adamw", "adamw-zero"):
-        raise ValueError(f"optimizer {name!r} is unknown; use optimizer=adamw or adamw-zero.")
+    if name not in ("adamw", "adamw-zero", "lamb"):
+        raise ValueError(
+            f"optimizer {name!r} is unknown; use optimizer=adamw or adamw-zero, or lamb for BERT."
+        )
     plain = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+    if name == "lamb":
+        return _lamb(plain, lr, betas, eps)
     options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "fused": fused}
     if name == "adamw-zero" and torch.distributed.is_initialized():
         with warnings.catch_warnings():
@@ -90,6 +96,25 @@ def build_optimizer(
 
         return ZeroRedundancyOptimizer(plain, torch.optim.AdamW, **options)
     return torch.optim.AdamW(plain, **options)
+
+
+def _lamb(
+    groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    """LAMB (arXiv:1904.00962, version 3) as BERT is trained with it.
+
+    The trust ratio is that of a whole tensor; zeros add nothing to a norm, so compressed values
+    have the one of the dense weight with its zeros. Groups without decay do Adam's step: a bias or
+    an adapter that begins at zero would hardly leave it in steps proportional to its own norm.
+    """
+    from pytorch_optimizer import Lamb
+
+    for group in groups:
+        group["adam"] = group["weight_decay"] == 0
+    # adam_debias=False would divide the finished step by 1 - beta1^t.
+    optimizer = Lamb(groups, lr=lr, betas=betas, eps=eps, weight_decouple=False, adam_debias=True)
+    optimizer.clamp = math.inf  # else a norm above 10 counts as 10: a wide layer's is larger
+    return optimizer
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -112,7 +137,10 @@ class LearningRates:
         warmup_steps: optimizer steps of linear warm-up; 0 starts at the peak.
         max_steps: the step at which the model's rate reaches ``minimum`` and the adapters' 0.
         minimum: last rate of the model.
-        shape: of the way down, ``"linear"`` or ``"cosine"`` (half a wave).
+        shape: of the way down, ``"linear"``, ``"cosine"`` (half a wave) or ``"polynomial"``: the
+            share of all steps that are left, to the power of ``degree``. That of BERT: it is below
+            the peak where the warm-up ends.
+        degree: of the polynomial.
         lora_peak: of the adapters, reached at once at ``lora_start_step``, or, where that is step
             0, after the model's warm-up.
         lora_start_step: first step done with active adapters; None where there are none.
@@ -126,6 +154,7 @@ class LearningRates:
     max_steps: int
     minimum: float = 0.0
     shape: str = "linear"
+    degree: float = 0.5
     lora_peak: float = 0.0
     lora_start_step: int | None = None
     lora_shape: str = "linear"
@@ -134,7 +163,8 @@ class LearningRates:
         """Linear warm-up to the peak, then down to the minimum at ``max_steps``."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        left = self._left(step, self.warmup_steps, self.shape)
+        top = 0 if self.shape == "polynomial" else self.warmup_steps
+        left = self._left(step, top, self.shape)
         return self.minimum + (self.peak - self.minimum) * left
 
     def adapters(self, step: int) -> float:
@@ -154,6 +184,8 @@ class LearningRates:
         """Share of the way down, from 1 at step ``top`` to 0 at ``max_steps``."""
         left = (self.max_steps - step) / max(1, self.max_steps - top)
         left = min(1.0, max(0.0, left))
+        if shape == "polynomial":
+            return left**self.degree
         return (1 - math.cos(math.pi * left)) / 2 if shape == "cosine" else left
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:

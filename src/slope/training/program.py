@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -24,11 +24,13 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 import slope
+from slope.data.pairs import Masking
 from slope.integrations.lightning import SlopeCallback
 from slope.schedule import SlopeSchedule
 from slope.training import checkpoint as checkpoints
 from slope.training import diagnostics, initial, pruner, rng, signature
 from slope.training.loop import Intervals, RunLoop, peak_memory_bytes, perplexity
+from slope.training.masked import MaskedLanguageModule
 from slope.training.metrics import MetricsFile
 from slope.training.module import LanguageModule, TrainBatches
 from slope.training.optim import LORA_LR_RATIO, LearningRates, state_bytes
@@ -112,7 +114,8 @@ def _run(
     found: checkpoints.Found | None,
     weights: initial.Weights | None,
 ) -> dict[str, Any]:
-    from slope.data import BatchLoader, prepare
+    from slope.data import BatchLoader, pairs, prepare
+    from slope.data.tokenizer import plain_tokenizer
     from slope.models import build_model
 
     first = rank_zero_only.rank == 0
@@ -120,11 +123,17 @@ def _run(
     max_steps, max_length = int(cfg.trainer.max_steps), int(cfg.datamodule.max_length)
 
     data = prepare(cfg.datamodule, progress=first and bool(cfg.trainer.enable_progress_bar))
+    tokenizer = plain_tokenizer(data.tokenizer)
+    masked = str(cfg.model.family) == "bert"
+    if masked:
+        data = pairs(data, Masking.from_config(cfg.datamodule.masking, max_length))
+    if weights is not None:
+        initial.check_tokenizer(weights, tokenizer, data.vocab_size)
     rng.seed_all(int(cfg.seed))
     model = build_model(cfg.model, data.vocab_size, max_length, eos_token_id=data.eos_token_id)
     if weights is not None:
         initial.load_into(model, weights)
-        log.info("starts from the weights of %s.", weights.path)
+        log.info("starts from the weights of %s%s.", weights.path, weights.progress())
     # What a checkpoint holds of masks replaces those chosen here.
     fresh = found is None
     report = pruner.apply(
@@ -133,19 +142,18 @@ def _run(
     log.info("%s", report.summary())
     schedule = pruner.schedule(cfg.pruner, max_steps, bool(slope.adapter_parameters(model)))
 
-    module = LanguageModule(
+    module = (MaskedLanguageModule if masked else LanguageModule)(
         model,
         _rates(cfg, schedule),
-        {
-            name: _plain(cfg.train.optimizer[name])
-            for name in ("name", "betas", "eps", "weight_decay")
-        },
+        _plain(cfg.train.optimizer),
         fused=hardware.precision != "16-mixed",  # a loss scaler and clipping need the plain kernel
     )
     known |= signature.model_signature(model, data.vocab_size)
     known |= {"data": data.fingerprint, "seed": int(cfg.seed)}
     known["train.global_batch_size"] = int(cfg.train.global_batch_size)
     known["trainer.max_steps"] = max_steps
+    if masked:
+        known["datamodule.masking"] = _plain(cfg.datamodule.masking)
     if found is not None:
         _fit_to(found, known, module, model, accumulate, max_steps)
 
@@ -186,6 +194,7 @@ def _run(
         tokens_per_step=int(cfg.train.global_batch_size) * max_length,
         tokens_per_epoch=len(data.train) * max_length,
         seed=int(cfg.seed),
+        tokenizer=tokenizer,
     )
     waking = SlopeCallback(
         max_steps, schedule.lora_start, schedule.lora_lazy, schedule.dense_start, schedule.evolution
@@ -205,10 +214,14 @@ def _run(
         max_steps * accumulate,
     )
     if cfg.model.get("compile"):
-        model.compile()
+        # the head of a masked model is called by itself
+        (cast(Any, model).base_model if masked else model).compile()
     if first:
         # Only now: a run that could not begin leaves its name free.
         _claim(cfg, log_dir, directory, found)
+        if masked:
+            # where `slope finetune` looks
+            _write_text(directory / "tokenizer.json", tokenizer["json"])
     if trainer.world_size > 1:
         # Lightning would wait for the device in every micro-batch to ask about SIGTERM; RunLoop
         # asks once per optimizer step.
@@ -314,6 +327,8 @@ def _check_settings(cfg: DictConfig, hardware: Hardware) -> None:
             f"logger={cfg.logger} needs a package that is missing; type pip install {cfg.logger}, "
             "or logger=csv."
         )
+    if str(cfg.model.family) == "bert":
+        Masking.from_config(cfg.datamodule.masking, int(cfg.datamodule.max_length))
     sparse = pruner.check_pruner(cfg.pruner, "cuda" if hardware.accelerator == "gpu" else "cpu")
     pruner.schedule(cfg.pruner, int(cfg.trainer.max_steps))
     diagnostics.every_n_steps(cfg)
@@ -345,7 +360,11 @@ def _calibration(cfg: DictConfig, data: Any) -> Iterable[dict[str, Tensor]] | No
     loader = BatchLoader(
         data.train, int(cfg.datamodule.batch_size), seed=int(cfg.seed), shuffle=True
     )
-    return islice(loader, int(cfg.pruner.calibration_batches))
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    return (
+        {name: batch[name] for name in inputs if name in batch}
+        for batch in islice(loader, int(cfg.pruner.calibration_batches))
+    )
 
 
 def _start_from(
@@ -432,7 +451,11 @@ def _complete_save(found: checkpoints.Found, step: int) -> None:
 
 def _rates(cfg: DictConfig, schedule: SlopeSchedule) -> LearningRates:
     settings, max_steps = cfg.train.scheduler, int(cfg.trainer.max_steps)
-    shapes = {"linear_warmup": "linear", "cosine_warmup": "cosine"}
+    shapes = {
+        "linear_warmup": "linear",
+        "cosine_warmup": "cosine",
+        "polynomial_warmup": "polynomial",
+    }
     if settings.name not in shapes:
         raise ValueError(
             f"scheduler {settings.name!r} is unknown; use scheduler={' or '.join(shapes)}."
@@ -448,6 +471,7 @@ def _rates(cfg: DictConfig, schedule: SlopeSchedule) -> LearningRates:
         max_steps=max_steps,
         minimum=peak * float(settings.min_lr_ratio),
         shape=shapes[settings.name],
+        degree=float(settings.get("degree", 1)),
         lora_peak=LORA_LR_RATIO * peak if lora is None else float(lora),
         lora_start_step=None if schedule.lora_start is None else schedule.start_step,
         lora_shape=str(cfg.pruner.lora_schedule),
@@ -552,7 +576,14 @@ def _finish(
         "log": log_dir / "run.log",
         "checkpoints": directory,
     }
-    if cfg.demo:
+    if cfg.demo and str(cfg.model.family) == "bert":
+        from slope.evaluation import unigram_loss
+
+        train, val = data.train.source.tokens, data.val.source.tokens
+        loss = unigram_loss(train, val, data.vocab_size, data.eos_token_id)
+        summary["unigram_val_loss"] = loss
+        summary["unigram_val_perplexity"] = perplexity(loss)
+    elif cfg.demo:
         from slope.evaluation import bigram_loss
 
         summary["bigram_val_loss"] = bigram_loss(data.train, data.val, data.vocab_size)

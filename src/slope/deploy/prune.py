@@ -1,0 +1,126 @@
+"""Make a dense checkpoint sparse in one shot: by magnitude, by Wanda, or by the zeros it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slope.config import SparsityConfig
+from slope.convert import SparsityReport, adapted_layers, sparsify, sparsity_report
+from slope.linear import dense_weight
+from slope.pattern import NMPattern
+
+WAYS = ("magnitude", "wanda", "zeros")
+CALIBRATION_SEQUENCES, CALIBRATION_LENGTH, _BATCH = 128, 2048, 8
+# A weight with fewer zeros than this was never pruned; a pruned one has half or more.
+_DENSE_ZEROS = 0.01
+
+
+def prune(
+    model: nn.Module,
+    by: str,
+    pattern: str = "2:4",
+    *,
+    tokenizer: Any = None,
+    calibration: str | Path | None = None,
+) -> SparsityReport:
+    """Sparsify a trained dense model in place, without training.
+
+    Args:
+        model: dense.
+        by: ``"magnitude"``; ``"wanda"`` (arXiv:2306.11695), which reads text; ``"zeros"``, see
+            :func:`prune_by_zeros`.
+        pattern: N:M pattern.
+        tokenizer: for Wanda, of the model.
+        calibration: for Wanda, a text file: its first 128 sequences of up to 2048 tokens are used.
+
+    Raises:
+        ValueError: if the model is sparse already, or an argument does not fit.
+        FileNotFoundError: if the text is missing.
+    """
+    if by not in WAYS:
+        raise ValueError(f"prune by {by!r} is unknown; choose one of {', '.join(WAYS)}.")
+    if any(True for _ in adapted_layers(model)):
+        raise ValueError("the model is sparse already; leave --sparsify away.")
+    if (by == "wanda") != (calibration is not None):
+        raise ValueError(
+            "--sparsify wanda needs --calibration <a text file> to measure the layers' inputs."
+            if by == "wanda"
+            else f"--calibration with --sparsify {by} has no meaning: only wanda reads text."
+        )
+    if by == "zeros":
+        return prune_by_zeros(model, pattern)
+    batches = None
+    if calibration is not None:
+        batches = _batches(model, tokenizer, Path(calibration))
+    return sparsify(model, SparsityConfig(pattern=pattern, mask=by), batches)
+
+
+def prune_by_zeros(model: nn.Module, pattern: str = "2:4") -> SparsityReport:
+    """Sparsify the layers whose zeros are n:m, in place; no weight changes.
+
+    A kept weight that is 0.0 cannot be told from a pruned one: of such a group the first zeros are
+    kept.
+
+    Raises:
+        ValueError: if a layer is neither dense nor n:m, or none is n:m.
+    """
+    parsed = NMPattern.parse(pattern)
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    names = [layer.name for layer in sparsity_report(model).layers]
+    linears = {name: model.get_submodule(name) for name in names}
+    chosen = [
+        (name, str(parsed))
+        for name, linear in linears.items()
+        if linear is not head and _has_zeros(name, dense_weight(linear), parsed)
+    ]
+    if not chosen:
+        raise ValueError(
+            f"no linear layer holds the zeros of {pattern}; to choose masks now, type --sparsify "
+            "magnitude."
+        )
+    return sparsify(model, SparsityConfig(pattern=pattern, rules=(*chosen, ("*", "dense"))))
+
+
+def _has_zeros(name: str, weight: Tensor, pattern: NMPattern) -> bool:
+    """Whether the layer is n:m; False if it is dense."""
+    zeros = float((weight == 0).float().mean())
+    if zeros < _DENSE_ZEROS:
+        return False
+    rows, columns = weight.shape
+    if columns % pattern.m == 0 and rows % pattern.m == 0:
+        kept = (weight != 0).unflatten(1, (-1, pattern.m)).sum(-1)
+        crowded = torch.nonzero(kept > pattern.n)
+        if not len(crowded):
+            return True
+        row, group = crowded[0].tolist()
+        found = f"row {row}, group {group} holds {int(kept[row, group])} non-zeros of {pattern.m}"
+    else:
+        found = f"its {rows} x {columns} weights make no groups of {pattern.m}"
+    raise ValueError(
+        f"layer {name!r} is {zeros:.1%} zeros and not {pattern}: {found}. Is it of another pattern "
+        "(--pattern), or pruned by another method? --sparsify magnitude chooses masks anew."
+    )
+
+
+def _batches(model: Any, tokenizer: Any, path: Path) -> Iterator[dict[str, Tensor]]:
+    if tokenizer is None:
+        raise ValueError("wanda has text to read, but no tokenizer; type --tokenizer <path>.")
+    if not path.is_file():
+        raise FileNotFoundError(f"no text file '{path}' for --calibration.")
+    length = min(int(model.config.max_position_embeddings), CALIBRATION_LENGTH)
+    # No token has more than some tens of characters; a whole corpus need not be encoded.
+    limit = CALIBRATION_SEQUENCES * length * 16
+    with path.open(encoding="utf-8", errors="replace") as file:
+        ids = tokenizer(file.read(limit), verbose=False)["input_ids"]
+    ids = ids[: CALIBRATION_SEQUENCES * length]
+    if len(ids) < 2:
+        raise ValueError(f"'{path}' holds no text to calibrate with.")
+    length = min(length, len(ids))
+    whole = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return iter([{"input_ids": batch} for batch in whole.split(_BATCH)])

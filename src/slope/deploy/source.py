@@ -1,0 +1,225 @@
+"""Open a checkpoint of any kind: of a run, an export, a folder of `transformers`, a published one.
+
+Only JSON and safetensors are read, and pickles of tensors and plain values; no code of a checkpoint
+is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slope.deploy import published
+from slope.export.layout import CONFIG_FILE, SLOPE_FILE
+from slope.export.load import (
+    load_pretrained,
+    model_class,
+    parameters_on_meta,
+    read_description,
+)
+from slope.export.save import vocabulary
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was opened.
+
+    Attributes:
+        path: the file or folder.
+        model: in eval mode, on the CPU; a model of `transformers`.
+        tokenizer: of `transformers`, None if none was found.
+    """
+
+    path: Path
+    model: Any
+    tokenizer: Any
+
+
+def find(given: str | Path) -> Path:
+    """The file or folder that is meant by a path, or by the name of a run.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    for path in (Path(given), Path("checkpoints") / given):
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            return path
+    runs = sorted(path.name for path in Path("checkpoints").glob("*") if any(path.glob("*.ckpt")))
+    there = f"runs under checkpoints/: {', '.join(runs)}" if runs else "no run under checkpoints/"
+    raise FileNotFoundError(
+        f"no checkpoint {given}; give the name of a run, a .ckpt file, or a folder of "
+        f"save_pretrained; {there}."
+    )
+
+
+def open_source(
+    given: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    heads: int | None = None,
+    training: bool = True,
+) -> Source:
+    """Find and load a model and its tokenizer.
+
+    Args:
+        given: name of a run, a checkpoint or the folder of a run, an export, a folder of
+            `transformers` with safetensors, or a checkpoint of the authors' published code.
+        tokenizer: file or folder to use instead of the tokenizer that comes with the model.
+        heads: attention heads of a published checkpoint, which does not hold their number.
+        training: as for :func:`slope.load_pretrained`.
+
+    Raises:
+        FileNotFoundError: if there is none, or a file of it is missing.
+        ValueError: if a file is damaged or foreign, or the tokenizer does not fit the model.
+        RuntimeError: if no checkpoint of a run is usable.
+    """
+    path = find(given)
+    expected, found = None, None
+    if path.is_dir() and (path / SLOPE_FILE).is_file():
+        expected = read_description(path).get("vocabulary")
+        model: Any = load_pretrained(path, verify=True, training=training)
+    elif path.is_dir() and (path / CONFIG_FILE).is_file():
+        model = _from_transformers(path)
+    elif published.is_published(path):
+        model = published.load(path, heads)
+    else:
+        model, expected, found = _of_run(path)
+    if tokenizer is not None:
+        found = _read_tokenizer(Path(tokenizer))
+    elif found is None and path.is_dir() and any((path / n).is_file() for n in _TOKENIZER_FILES):
+        found = _read_tokenizer(path)
+    if found is not None:
+        _check_tokenizer(found, model, path, expected)
+    return Source(path, model.eval(), found)
+
+
+def _of_run(path: Path) -> tuple[Any, int, Any]:
+    """Model, entries of the vocabulary and tokenizer of a checkpoint of a run."""
+    from slope.data.tokenizer import from_plain
+    from slope.models import build_model
+    from slope.training import checkpoint as checkpoints
+    from slope.training import initial
+
+    if path.is_dir() and not checkpoints.saved(path):
+        raise FileNotFoundError(
+            f"'{path}' holds no checkpoint: neither last.ckpt or step_<k>.ckpt of a run, nor "
+            f"{SLOPE_FILE}, nor {CONFIG_FILE}; give the file itself."
+        )
+    weights = initial.read(path)
+    content = weights.content
+    assert content is not None
+    saved, prefix = content["slope"]["signature"], "model.config."
+    # Checkpoints of earlier versions have none.
+    plain = content["slope"].get("tokenizer")
+    tokenizer = None if plain is None else from_plain(plain)
+    section = {
+        "family": saved["model.family"],
+        "config": {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)},
+    }
+    entries = int(saved["vocabulary"])
+    with parameters_on_meta():
+        model = build_model(
+            section,
+            entries,
+            int(saved["datamodule.max_length"]),
+            eos_token_id=getattr(tokenizer, "eos_token_id", None),
+        )
+    initial.restore(model, weights)
+    return model, entries, tokenizer
+
+
+def _from_transformers(path: Path) -> Any:
+    import transformers
+    from safetensors import SafetensorError
+
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(
+            f"'{path}' holds no *.safetensors, and pickled weights (*.bin) are not read, since "
+            "they may run code; convert them with transformers' "
+            "save_pretrained(safe_serialization=True)."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **_LOCAL)
+        kind: Any = transformers.AutoModelForCausalLM
+        if config.architectures:
+            kind = model_class(config.architectures[0])
+        model, info = kind.from_pretrained(
+            path,
+            **_LOCAL,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"transformers cannot load '{path}': {str(error).strip() or type(error).__name__}. "
+            "Is a file missing or cut off? Copy the folder again."
+        ) from error
+    wrong = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if wrong:
+        raise ValueError(
+            f"'{path}' is incomplete: it has no {', '.join(wrong[:3])} as its {CONFIG_FILE} asks "
+            f"for ({len(wrong)} tensors in all); copy the folder again."
+        )
+    return model
+
+
+def _read_tokenizer(path: Path) -> Any:
+    """A tokenizer of a folder, or of one tokenizer.json."""
+    import transformers
+
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no tokenizer '{path}'; give a tokenizer.json, or a folder that holds one."
+        )
+    try:
+        if path.is_file():
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+        return transformers.AutoTokenizer.from_pretrained(path, **_LOCAL)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise ValueError(
+            f"'{path}' is no tokenizer that can be read ({error}); type --tokenizer <a "
+            "tokenizer.json, or a folder that holds one>."
+        ) from error
+
+
+def _check_tokenizer(tokenizer: Any, model: Any, path: Path, expected: int | None) -> None:
+    size = vocabulary(tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if size > rows or (expected is not None and size != expected):
+        raise ValueError(
+            f"the tokenizer has {size:,} entries, but the model of '{path}' was made for "
+            f"{expected or rows:,}; type --tokenizer <the one that it was trained with>."
+        )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars for the moment that loading and writing take."""
+    import transformers
+
+    logging = transformers.utils.logging
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def cast(model: Any, dtype: torch.dtype) -> None:
+    """Convert the parameters; computed buffers (rotary frequencies) keep their precision."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,102 @@
+"""Folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slope.export.card import CARD_FILE, MARK
+from slope.export.layout import SLOPE_FILE
+
+
+@contextmanager
+def new_folder(directory: str | Path, force: bool) -> Iterator[Path]:
+    """A folder to fill, under a temporary name, that gets its own name when the block ends well.
+
+    Args:
+        directory: the folder to make.
+        force: replace an earlier export of that name; any other content is never touched.
+
+    Yields:
+        The empty folder.
+
+    Raises:
+        FileExistsError: if the folder holds something already.
+        OSError: if it cannot be written; what was there before has not been changed.
+    """
+    directory = Path(directory).resolve()
+    _check_target(directory, force)
+    draft = _beside(directory, "new")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        readable = draft.stat().st_mode & 0o666
+        for path in draft.rglob("*"):
+            if path.is_file():
+                path.chmod(readable)  # safetensors writes files that only their owner can read
+            _sync(path)
+        _move_into_place(draft, directory)
+    except OSError as error:
+        raise OSError(
+            f"could not write the export '{directory}': {error}; free some space or choose another "
+            "folder. Nothing that was there before has been changed."
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _check_target(directory: Path, force: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"'{directory}' is a file; choose another folder for the export.")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not force:
+        raise FileExistsError(
+            f"folder '{directory}' is not empty; choose another one, or pass force=True (--force) "
+            "to replace an earlier export."
+        )
+    if not _is_export(directory):
+        raise FileExistsError(
+            f"folder '{directory}' is not empty and holds no {SLOPE_FILE} or model card of slope, "
+            "so it is no earlier export and is not replaced; choose another folder."
+        )
+
+
+def _is_export(directory: Path) -> bool:
+    card = directory / CARD_FILE
+    return (directory / SLOPE_FILE).is_file() or (
+        card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
+    )
+
+
+def _move_into_place(draft: Path, directory: Path) -> None:
+    """Rename; an earlier export steps aside first and is removed last."""
+    if directory.is_dir() and any(directory.iterdir()):
+        aside = _beside(directory, "old")
+        os.replace(directory, aside)
+        try:
+            os.replace(draft, directory)
+        except OSError:
+            os.replace(aside, directory)
+            raise
+        shutil.rmtree(aside)
+    else:
+        os.replace(draft, directory)
+    _sync(directory.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(directory: Path, purpose: str) -> Path:
+    """A hidden name in the same file system that nobody else uses."""
+    return directory.with_name(f".{directory.name}.{purpose}-{uuid.uuid4().hex[:12]}")

@@ -1,0 +1,220 @@
+"""Two phases by the training program: hand-over, resume, errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from tiny_runs import Runs, kill
+
+import slope
+from slope.data import prepare
+from slope.finetune import settings
+from slope.finetune.features import load_word_pieces
+from slope.finetune.model import load_encoder
+from slope.models import build_model
+from slope.training import initial
+from slope.training.masked import MaskedLanguageModule
+
+SECOND = "bert.embeddings.position_embeddings.weight"
+
+
+def kill_in_micro_batch(number):
+    """Die before the ``number``-th forward of this process's training."""
+
+    def before():
+        step, seen = MaskedLanguageModule.training_step, [0]
+
+        def training_step(self, batch, batch_idx):
+            seen[0] += 1
+            if seen[0] == number:
+                kill()
+            return step(self, batch, batch_idx)
+
+        MaskedLanguageModule.training_step = training_step
+
+    return before
+
+
+def copied(finished, runs):
+    shutil.copytree(finished.root, runs.root, dirs_exist_ok=True)
+
+
+def handed_over(runs, init_from, *overrides):
+    """The model with which a phase 2 begins."""
+    cfg = runs.config(*runs.second, f"init_from={init_from}", *overrides)
+    data = prepare(cfg.datamodule, progress=False)
+    model = build_model(cfg.model, data.vocab_size, 32)
+    initial.load_into(model, initial.read(cfg.init_from))
+    return model
+
+
+def test_both_phases_train_and_sum_up(finished):
+    first, second = finished.summaries
+    rows = finished.rows("second")
+    assert (first["steps"], second["steps"]) == (8, 8)
+    assert first["tokens"] == 8 * 8 * 16 and second["tokens"] == 8 * 8 * 32
+    assert (first["adapters_started_at_step"], second["adapters_started_at_step"]) == (None, 7)
+    assert second["unigram_val_loss"] < 4.9 and "bigram_val_loss" not in second
+    assert 0 <= float(rows[-1]["val/next_sentence_accuracy"]) <= 1
+    assert float(rows[-1]["train/loss"]) < 6  # the hidden tokens' alone
+    assert not (finished.root / "logs" / "second" / "sample.txt").exists()
+    log = (finished.root / "logs" / "second" / "run.log").read_text()
+    assert "bert-demo/last.ckpt (step 8 of 8)" in log
+    # Optimizer and schedule of phase 2 are new.
+    assert [float(row["lr"]) for row in rows][0] == pytest.approx(6e-3)
+    steps = {
+        group["step"] for group in finished.last("second")["optimizer_states"][0]["param_groups"]
+    }
+    assert steps == {8}
+
+
+def test_a_sparse_phase_1_keeps_its_masks_and_a_longer_table_of_positions(finished):
+    before = finished.last("bert-demo")["state_dict"]
+    model = handed_over(finished, finished.checkpoints("bert-demo"))
+    fresh = build_model(finished.config(*finished.second).model, 128, 32)
+    table = model.state_dict()[SECOND]
+    assert torch.equal(table[:16], before[f"model.{SECOND}"])
+    assert table.shape == fresh.state_dict()[SECOND].shape and table[16:].any(dim=1).all()
+    initial.pruner.apply(finished.config(*finished.second).pruner, model)
+    layers = dict(slope.sparse_layers(model))
+    assert len(layers) == 9
+    for name, layer in layers.items():
+        assert torch.equal(layer.metadata, before[f"model.{name}.metadata"])
+        assert torch.equal(layer.values, before[f"model.{name}.values"])
+    # and phase 2 did not move them
+    after = finished.last("second")["state_dict"]
+    for name in layers:
+        assert torch.equal(after[f"model.{name}.metadata"], before[f"model.{name}.metadata"])
+        assert not torch.equal(after[f"model.{name}.values"], before[f"model.{name}.values"])
+
+
+def test_a_dense_phase_1_gets_its_masks_by_magnitude(runs):
+    runs.phase1("pruner=none", "name=dense", "trainer.max_steps=2")
+    dense = runs.last("dense")["state_dict"]
+    runs.phase2(
+        "name=second", f"init_from={runs.checkpoints('dense')}", "trainer.max_steps=1",
+        'pruner.sparsity_increment="1"', "pruner.lora_lazy=False",
+    )  # fmt: skip
+    after = runs.last("second")["state_dict"]
+    cfg = runs.config(*runs.second, 'pruner.sparsity_increment="1"')
+    model = handed_over(runs, runs.checkpoints("dense"))
+    initial.pruner.apply(cfg.pruner, model)
+    for name, layer in slope.sparse_layers(model):
+        kept = layer.to_dense() != 0
+        weight = dense[f"model.{name}.weight"].unflatten(1, (-1, layer.pattern.m))
+        order = weight.abs().argsort(dim=-1, descending=True)[..., : layer.pattern.n]
+        expected = torch.zeros_like(weight, dtype=torch.bool).scatter_(-1, order, True)
+        assert torch.equal(kept, expected.flatten(1)), name
+        assert str(layer.pattern) == ("2:8" if ".layer.1." in name else "2:4")
+        assert torch.equal(after[f"model.{name}.metadata"], layer.metadata), name
+    assert {"2:4", "2:8"} == {str(layer.pattern) for _, layer in slope.sparse_layers(model)}
+    assert runs.rows("second")[-1]["adapters_active"] == "1"
+
+
+def test_wanda_prunes_a_dense_bert_by_its_inputs(runs):
+    runs.phase1("pruner=none", "name=dense", "trainer.max_steps=1")
+    start = ("trainer.max_steps=1", f"init_from={runs.checkpoints('dense')}")
+    runs.phase2("name=wanda", "pruner.mask=wanda", "pruner.calibration_batches=2", *start)
+    runs.phase2("name=magnitude", *start)
+    wanda, magnitude = (runs.last(name)["state_dict"] for name in ("wanda", "magnitude"))
+    assert any(
+        not torch.equal(wanda[name], magnitude[name]) for name in wanda if name.endswith("metadata")
+    )
+
+
+@pytest.mark.parametrize("number", [1, 7, 15])
+def test_a_killed_phase_2_ends_as_the_unbroken_one(runs, finished, number):
+    """Also where phase 1 is gone, or has gone on: the checkpoint of phase 2 is all it needs."""
+    copied(finished, runs)
+    shutil.move(runs.checkpoints("second"), runs.checkpoints("whole"))
+    shutil.move(runs.root / "logs" / "second", runs.root / "logs" / "whole")
+    options = (*runs.second, "name=second")
+    assert runs.fork(*options, before=kill_in_micro_batch(number)) == -signal.SIGKILL
+    if number > 4:
+        shutil.rmtree(runs.checkpoints("bert-demo"))
+    assert runs.fork(*options, "resume=True") == 0
+    runs.assert_same("whole", "second")
+    columns = [row["val/next_sentence_accuracy"] for row in runs.rows("second")]
+    assert columns == [row["val/next_sentence_accuracy"] for row in runs.rows("whole")]
+
+
+def test_both_phases_killed_end_as_the_unbroken_ones(runs, finished):
+    first, second = runs.first, (*runs.second, "name=second")
+    assert runs.fork(*first, before=kill_in_micro_batch(9)) == -signal.SIGKILL
+    assert runs.fork(*first, "resume=True", "datamodule.batch_size=4") == 0
+    assert runs.fork(*second, before=kill_in_micro_batch(6)) == -signal.SIGKILL
+    assert runs.fork(*second, "resume=True") == 0
+    for name in ("bert-demo", "second"):
+        theirs = runs.checkpoints(f"whole-{name}")
+        shutil.copytree(finished.checkpoints(name), theirs)
+        shutil.copytree(finished.root / "logs" / name, runs.root / "logs" / f"whole-{name}")
+        runs.assert_same(f"whole-{name}", name)
+
+
+def test_the_fine_tuner_reads_the_checkpoint(finished):
+    chosen = settings(
+        ["task=glue/sst2", f"init_from={finished.checkpoints('second')}", "max_length=32"]
+    )
+    encoder = load_encoder(chosen, load_word_pieces(None, chosen.init_from))
+    assert encoder.pooler is not None
+    assert len(list(slope.sparse_layers(encoder))) == 9
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "text"),
+    [
+        (["init_from=nowhere/bert-phase1"], FileNotFoundError,
+         "init_from=nowhere/bert-phase1 does not exist; give a checkpoint"),
+        (["datamodule.max_length=64"], ValueError,
+         r"max_length=64 is longer than the 32 positions .*max_position_embeddings=64"),
+        (["model.config.max_position_embeddings=8", "datamodule.max_length=8"], ValueError,
+         r"position_embeddings.weight is \(16, 32\) in it and \(8, 32\) here"),
+        (["model.config.hidden_size=64"], ValueError, "does not fit this model"),
+        (["datamodule.tokenizer=bpe:300"], ValueError, r"has no token \[PAD\]"),
+        (["datamodule.masking.max_predictions=40"], ValueError, "between 1 and the 29 tokens"),
+    ],
+)  # fmt: skip
+def test_a_phase_2_that_cannot_begin_says_why(runs, finished, overrides, error, text):
+    copied(finished, runs)
+    with pytest.raises(error, match=text):
+        runs.phase2("name=wrong", *overrides)
+    assert not runs.checkpoints("wrong").exists()
+
+
+def test_a_vocabulary_that_does_not_fit_is_named(runs, finished, tmp_path):
+    copied(finished, runs)
+    data = prepare(runs.config(*runs.second).datamodule, progress=False)
+    known = data.tokenizer.get_vocab()
+    tokens = sorted(known, key=known.get)
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*tokens, "more"]))
+    wrong = f"with {len(tokens)} tokens, and the tokenizer of this run has {len(tokens) + 1}; type"
+    with pytest.raises(ValueError, match=f"bert-demo/last.ckpt was trained {wrong} datamodule.tok"):
+        runs.phase2("name=wrong", f"datamodule.tokenizer={path}")
+    path.write_text("\n".join([*tokens[:5], *reversed(tokens[5:])]))
+    with pytest.raises(ValueError, match=f"with another tokenizer of {len(tokens)} tokens; type"):
+        runs.phase2("name=wrong", f"datamodule.tokenizer={path}")
+
+
+def test_phase_2_without_phase_1_names_the_run_that_it_waits_for(runs):
+    with pytest.raises(
+        FileNotFoundError, match="init_from=.*/checkpoints/bert-demo does not exist"
+    ):
+        runs.phase2()
+
+
+def test_a_gpt_is_no_phase_1(runs, bert_corpus):
+    Runs(runs.root, bert_corpus).run("name=gpt", "trainer.max_steps=1")
+    with pytest.raises(ValueError, match="does not fit this model"):
+        runs.phase2(f"init_from={runs.checkpoints('gpt')}")
+
+
+def test_another_masking_on_resume_is_said(runs, finished, caplog):
+    copied(finished, runs)
+    runs.phase1("resume=True", "trainer.max_steps=9", "datamodule.masking.whole_word=True")
+    assert "datamodule.masking is {" in caplog.text and "other settings" in caplog.text
+    assert json.loads((runs.root / "logs/bert-demo/summary.json").read_text())["steps"] == 9

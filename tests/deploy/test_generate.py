@@ -1,0 +1,149 @@
+"""``slope generate`` and what it is made of."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+import slope
+from slope import cli
+from slope.deploy import Sampling, generate
+from slope.evaluation import sample
+
+PROMPTS = ["the history of the city", "a", "", "the river and the king is"]
+GREEDY = Sampling(max_new_tokens=8, temperature=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_batch_gives_what_each_prompt_gives_without_a_cache(make_model, tokenizer, family):
+    model = make_model(family)
+    batch = generate(model, tokenizer, PROMPTS, GREEDY)
+    for prompt, text, tokens in zip(PROMPTS, batch.texts, batch.tokens, strict=True):
+        one = generate(model, tokenizer, [prompt], GREEDY)
+        assert (one.texts, one.tokens) == ([text], [tokens])
+        assert prompt + text == sample(model, tokenizer, prompt, 8, temperature=0)
+    assert batch.tokens_per_second == sum(batch.tokens) / batch.seconds
+
+
+def test_the_cache_is_static(make_model, tokenizer, monkeypatch):
+    model = make_model()
+    seen, original = [], model.forward
+
+    def forward(*args, past_key_values=None, **kwargs):
+        seen.append(type(past_key_values).__name__)
+        return original(*args, past_key_values=past_key_values, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    generate(model, tokenizer, ["the"], GREEDY)
+    assert set(seen) == {"StaticCache"} and len(seen) <= 8
+
+
+def test_text_is_streamed_and_a_seed_repeats_it(make_model, tokenizer):
+    model, pieces = make_model(), []
+    state = torch.get_rng_state()
+    sampling = Sampling(max_new_tokens=12, temperature=1.5, top_k=0, top_p=0.9, seed=3)
+    done = generate(model, tokenizer, ["the city"], sampling, pieces.append)
+    assert pieces[0] == "the city" and "".join(pieces[1:]) == done.texts[0]
+    assert generate(model, tokenizer, ["the city"], sampling).texts == done.texts
+    assert torch.equal(torch.get_rng_state(), state)
+    other = Sampling(max_new_tokens=12, temperature=1.5, top_k=0, top_p=0.9, seed=4)
+    assert generate(model, tokenizer, ["the city"], other).texts != done.texts
+
+
+def test_a_folded_model_says_the_same(make_model, tokenizer):
+    model = make_model("llama")
+    sparse = generate(model, tokenizer, PROMPTS, GREEDY)
+    folded = generate(slope.densify(model, fold_adapters=True), tokenizer, PROMPTS, GREEDY)
+    assert folded.texts == sparse.texts
+
+
+def test_the_context_is_a_limit(make_model, tokenizer):
+    model = make_model()
+    long = "the city " * 40
+    with pytest.raises(ValueError, match=r"prompt 2 has \d+ tokens, and the model's context holds"):
+        generate(model, tokenizer, ["the", long], GREEDY)
+    size = len(tokenizer("the city")["input_ids"])
+    message = (
+        f"{size} tokens of prompt and 32 new .*context of 32; type --max-new-tokens {32 - size}"
+    )
+    with pytest.raises(ValueError, match=message):
+        generate(model, tokenizer, ["the city"], Sampling(max_new_tokens=32))
+    assert generate(model, tokenizer, ["the city"]).tokens[0] <= 32 - size
+
+
+def test_a_model_that_cannot_generate_and_a_tokenizer_without_an_end(make_model, tokenizer):
+    with pytest.raises(ValueError, match="BertForMaskedLM is no causal language model"):
+        generate(make_model("bert"), tokenizer, ["a"])
+    with pytest.raises(ValueError, match="gives no token and the tokenizer has no end-of-text"):
+        bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+        generate(make_model(), bare, [""])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be 1 or more"),
+        ({"temperature": -1}, "temperature=-1 must be 0"),
+        ({"top_k": -1}, "top_k=-1 must be 0"),
+        ({"top_p": 0}, "top_p=0 must be above 0"),
+    ],
+)
+def test_options_out_of_range(option, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**option)
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_one_prompt_is_streamed_and_the_speed_is_on_stderr(make_run, capsys, tokenizer):
+    model = make_run()
+    arguments = ["--prompt", "the city", "--max-new-tokens", "6", "--temperature", "0"]
+    assert cli.main(["generate", "mine", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == sample(model, tokenizer, "the city", 6, temperature=0) + "\n"
+    assert captured.err.endswith(" tokens/s on cpu\n") and "6 tokens in " in captured.err
+
+
+def test_prompts_of_a_file_as_json(make_run, here, capsys, tokenizer):
+    model = make_run()
+    (here / "prompts.txt").write_text("the city\n\na king\nthe music\n")
+    arguments = ["--prompts-file", "prompts.txt", "--batch-size", "2", "--max-new-tokens", "4"]
+    assert cli.main(["generate", "mine", *arguments, "--temperature", "0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [result["prompt"] for result in found["results"]] == ["the city", "a king", "the music"]
+    for result in found["results"]:
+        whole = sample(model, tokenizer, result["prompt"], 4, temperature=0)
+        assert result["prompt"] + result["text"] == whole
+    assert found["tokens"] == sum(result["tokens"] for result in found["results"])
+    assert found["tokens_per_second"] > 0 and found["dtype"] == "float32"
+    assert cli.main(["generate", "mine", *arguments, "--fold", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.count("\n\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["mine"], 2, "give --prompt TEXT or --prompts-file FILE"),
+        (["mine", "--prompt", "a", "--top-p", "2"], 2, "top_p=2.0 must be above 0"),
+        (["mine", "--prompt", "a", "--batch-size", "0"], 2, "--batch-size 0 must be at least 1"),
+        (["mine", "--prompts-file", "none.txt"], 1, "no file 'none.txt' with prompts"),
+        (["mine", "--prompts-file", "empty.txt"], 1, "'empty.txt' holds no prompt"),
+        (["mine", "--prompt", "a", "--device", "fast"], 1, "--device fast cannot be used"),
+        (["other", "--prompt", "a"], 1, "no checkpoint other; give the name of a run, .*: bare, m"),
+        (["bare", "--prompt", "a"], 1, "comes without a tokenizer; type --tokenizer"),
+        (["mine", "--prompt", "the " * 40], 1, "shorten the prompt"),
+    ],
+)
+def test_what_can_be_wrong(make_run, here, capsys, arguments, code, message):
+    make_run()
+    make_run("bare", with_tokenizer=False)
+    (here / "empty.txt").write_text("\n\n")
+    assert cli.main(["generate", *arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if "error:" in line]
+    assert re.search(message, line), line
