@@ -164,6 +164,7 @@ def test_damaged_cache_is_built_again_with_a_warning(settings, caplog, name, dam
     first = prepare(settings, progress=False)
     expected = first.train.tokens.tobytes(), first.val.tokens.tobytes()
     damage(first.cache_dir / name)
+    caplog.clear()  # what another test's logging level let through
     with caplog.at_level(logging.WARNING, "slope.data"):
         again = prepare(settings, progress=False)
     (record,) = caplog.records
