@@ -202,7 +202,7 @@ def test_a_vocabulary_that_does_not_fit_is_named(runs, finished, tmp_path):
 
 def test_phase_2_without_phase_1_names_the_run_that_it_waits_for(runs):
     with pytest.raises(
-        FileNotFoundError, match="init_from=.*/checkpoints/bert-demo does not exist"
+        FileNotFoundError, match="checkpoints/bert-demo does not exist.*first: do tha"
     ):
         runs.phase2()
 

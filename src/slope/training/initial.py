@@ -60,7 +60,8 @@ def locate(init_from: str | Path) -> Path:
         what = "holds nothing to start from" if path.is_dir() else "does not exist"
         raise FileNotFoundError(
             f"init_from={path} {what}; give a checkpoint (checkpoints/my-run, or a file in it) or "
-            "a folder of save_pretrained."
+            "a folder of save_pretrained. The second phase of a pretraining begins with the first: "
+            "do that run before."
         )
     return path
 
