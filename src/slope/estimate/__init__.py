@@ -2,7 +2,7 @@
 
 Parameters are counted on a model without weights, bytes follow from them (`memory.py`), products of
 linear layers take the rates that were measured (`rates.yaml`), and everything else is arithmetic
-(`timing.py`). ``slope estimate`` prints it (`command.py`); docs/estimate.md says what is in it.
+(`timing.py`). ``slope estimate`` prints it; docs/estimate.md says what is in it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ All counts, no measurement. What is resident, per weight of a linear layer:
     precision     parameter  gradient  Adam's two moments  working copy of the products
     bf16              2          2         4                none
     bf16-mixed        4          4         8                2, dense layers only, until the backward
-    fp16              4          4         8                2, dense layers only, until the backward
 
 A sparse layer has n/m of the first three, its masks (2:4: 0.125 + 0.0625), and no working copy: its
 operands are packed for one product and dropped.
@@ -13,41 +12,13 @@ operands are packed for one product and dropped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
-from slope.estimate.shapes import LinearShape, ModelShape
+from slope.estimate.request import Request
+from slope.estimate.shapes import COMPUTE, ModelShape
 
-COMPUTE = 2  # bytes of bf16 and fp16
 # Logits in bf16, then in fp32 their log-softmax and its two gradients: what is alive at the peak.
-LOGIT_BYTES = 2 + 4 + 4 + 4
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Bytes per number.
-
-    Attributes:
-        parameter: of weights, biases, values and adapters.
-        gradient: of ``.grad``.
-        moments: of Adam's two moments together.
-        residual: of the stream between the blocks.
-    """
-
-    parameter: int
-    gradient: int
-    moments: int
-    residual: int
-
-    @property
-    def mixed(self) -> bool:
-        """Whether products cast their operands: autocast over fp32 parameters."""
-        return self.parameter != COMPUTE
-
-
-def precision_of(name: str, moments: str | None = None) -> Precision:
-    """Bytes of a precision; ``moments`` replaces the dtype that torch's AdamW takes."""
-    chosen = Precision(2, 2, 4, 2) if name == "bf16" else Precision(4, 4, 8, 4)
-    return chosen if moments is None else replace(chosen, moments=4 if moments == "bf16" else 8)
+_LOGIT_BYTES = 2 + 4 + 4 + 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +30,7 @@ class TrainingBytes:
         masks: metadata and column masks.
         gradients: of all parameters.
         optimizer: Adam's moments.
-        working: casts of dense weights, and what the largest layer packs and computes on the way.
+        working: casts of dense weights, and the largest gradient of a product.
         exchange: buckets (DDP, ZeRO-1) or gathered blocks (FSDP); 0 on one device.
         activations: kept for the backward, logits included.
     """
@@ -90,99 +61,74 @@ class ServingBytes:
     Attributes:
         weights: parameters; of sparse layers values and metadata.
         adapters: their parameters.
-        cache: keys and values of batch x seq tokens.
+        cache: keys and values of a micro-batch.
     """
 
     weights: float
     adapters: float
     cache: float
 
-    @property
-    def total(self) -> float:
-        """Everything."""
-        return self.weights + self.adapters + self.cache
 
-
-def training_bytes(
-    model: ModelShape,
-    precision: Precision,
-    *,
-    sparse: bool,
-    batch: int,
-    seq: int,
-    devices: int = 1,
-    strategy: str = "ddp",
-) -> TrainingBytes:
-    """Bytes of training the model, dense or sparse.
-
-    Args:
-        model: its sizes.
-        precision: bytes per number.
-        sparse: False for the dense model of the same shape.
-        batch: sequences per micro-batch and device.
-        seq: tokens per sequence.
-        devices: GPUs.
-        strategy: how the state is shared out. Buffers, that is masks, are on every GPU.
-    """
-    trained = model.rest + model.values + model.adapters if sparse else model.parameters
-    shared_out = devices if strategy == "fsdp" else 1
-    moments_over = devices if strategy in ("fsdp", "zero1") else 1
-    gradients = trained * precision.gradient
+def training_bytes(model: ModelShape, request: Request, *, sparse: bool) -> TrainingBytes:
+    """Bytes of training the model, dense or sparse. Masks are buffers, whole on every device."""
+    size = request.sizes
+    parameters = model.stored(sparse)
     return TrainingBytes(
-        weights=trained * precision.parameter / shared_out,
+        weights=parameters * size.parameter / request.state_shares,
         masks=sum(layer.metadata + layer.column_mask for layer in model.sparse) if sparse else 0,
-        gradients=gradients / shared_out,
-        optimizer=trained * precision.moments / moments_over,
-        working=_working_bytes(model, precision, sparse),
-        exchange=0 if devices == 1 else _exchange_bytes(model, strategy, sparse, gradients),
-        activations=activation_bytes(model, precision, batch * seq, sparse=sparse),
+        gradients=parameters * size.gradient / request.state_shares,
+        optimizer=parameters * size.moments / request.moment_shares,
+        working=_working_bytes(model, size.mixed, sparse),
+        exchange=_exchange_bytes(model, request, sparse),
+        activations=_activation_bytes(model, request, sparse),
     )
 
 
-def _working_bytes(model: ModelShape, precision: Precision, sparse: bool) -> float:
-    dense = [layer for layer in model.linears if not sparse or layer.pattern is None]
-    casts = COMPUTE * sum(layer.size for layer in dense) if precision.mixed else 0
-    passing = [_passing_bytes(layer, precision, sparse) for layer in model.linears]
-    return casts + max(passing)
+def serving_bytes(model: ModelShape, request: Request, *, sparse: bool) -> ServingBytes:
+    """Bytes of serving the model in bf16, values and metadata.
 
-
-def _passing_bytes(layer: LinearShape, precision: Precision, sparse: bool) -> float:
-    """Bytes that live during the backward of one layer only."""
-    gradient = COMPUTE * layer.size  # as the product writes it, before casting or gathering
-    if layer.pattern is None or not sparse:
-        return gradient if precision.mixed else 0
-    return gradient + operand_bytes(layer)
-
-
-def operand_bytes(layer: LinearShape) -> float:
-    """Bytes of a sparse layer's operand: packed, 0.5625 of dense, or expanded without kernels."""
-    return COMPUTE * layer.size * (0.5625 if layer.has_kernels else 1.0)
-
-
-def _exchange_bytes(model: ModelShape, strategy: str, sparse: bool, gradients: float) -> float:
-    if strategy != "fsdp":
-        return gradients
-    weights = sum(
-        COMPUTE * (layer.values + layer.adapter if sparse else layer.size)
-        for layer in model.linears
-        if not layer.tied
+    Not counted: the column mask, which is for training, and what cuSPARSELt's operand holds of the
+    metadata once more while the model is on a GPU (1/16 of the dense bytes of sparse layers).
+    """
+    metadata = sum(layer.metadata for layer in model.sparse) if sparse else 0
+    per_token = 2 * COMPUTE * model.blocks * model.key_value if model.causal else 0
+    return ServingBytes(
+        weights=COMPUTE * model.stored(sparse, adapters=False) + metadata,
+        adapters=COMPUTE * model.adapters if sparse else 0,
+        cache=per_token * request.tokens,
     )
-    head = max(COMPUTE * (layer.values if sparse else layer.size) for layer in model.linears)
-    # The block that computes and the one fetched ahead, or a layer larger than both.
-    return max(2 * weights / model.blocks, head)
 
 
-def activation_bytes(
-    model: ModelShape, precision: Precision, tokens: int, *, sparse: bool
-) -> float:
+def _working_bytes(model: ModelShape, mixed: bool, sparse: bool) -> float:
+    """Casts, and one weight gradient in bf16 before it is cast or gathered."""
+    casts = [layer.size for layer in model.linears if mixed and not (sparse and layer.pattern)]
+    passing = [layer.size for layer in model.linears if mixed or (sparse and layer.pattern)]
+    return COMPUTE * (sum(casts) + max(passing, default=0))
+
+
+def _exchange_bytes(model: ModelShape, request: Request, sparse: bool) -> float:
+    if request.devices == 1:
+        return 0
+    if request.strategy != "fsdp":
+        return model.stored(sparse) * request.sizes.gradient
+    sizes = [layer.values + layer.adapter if sparse else layer.size for layer in model.linears]
+    blocks = sum(
+        size
+        for size, layer in zip(sizes, model.linears, strict=True)
+        if layer.out_features != model.vocabulary
+    )
+    # The block that computes and the one fetched ahead, or a layer larger than both: the head.
+    return COMPUTE * max(2 * blocks / model.blocks, max(sizes))
+
+
+def _activation_bytes(model: ModelShape, request: Request, sparse: bool) -> float:
     """Bytes kept for the backward: fused attention, no activation checkpointing.
 
     A sparse layer keeps its input as a dense one does, and R numbers per token for its adapter.
     Layers that read the same input keep it once.
     """
-    d, r = model.width, precision.residual
-    # RMSNorm is computed in fp32: it keeps the fp32 stream and the normalised stream.
-    norm = (4 + r) * d if model.rms else r * d
+    d, r = model.width, request.sizes.residual
+    norm = (4 + r) * d if model.gated else r * d  # RMSNorm: the fp32 and the normalised stream
     attention = COMPUTE * (2 * model.query + 2 * model.key_value) + 4 * model.heads
     inputs = 2 * COMPUTE * d  # of the query projection and of the MLP's first layer
     block = 2 * norm + inputs + attention + COMPUTE * model.kept * model.mlp
@@ -190,19 +136,4 @@ def activation_bytes(
         block += 2 * d  # one byte per decision
     last = norm + COMPUTE * d
     low = COMPUTE * sum(layer.rank for layer in model.linears) if sparse else 0
-    return float(tokens * (model.blocks * block + last + low + LOGIT_BYTES * model.vocabulary))
-
-
-def serving_bytes(model: ModelShape, *, sparse: bool, batch: int, seq: int) -> ServingBytes:
-    """Bytes of serving the model in bf16, values and metadata.
-
-    Not counted: the column mask, which is for training, and what cuSPARSELt's operand holds of the
-    metadata once more while the model is on a GPU (1/16 of the dense bytes of sparse layers).
-    """
-    weights: float = COMPUTE * model.parameters
-    if sparse:
-        metadata = sum(layer.metadata for layer in model.sparse)
-        weights = COMPUTE * (model.rest + model.values) + metadata
-    per_token = 2 * COMPUTE * model.blocks * model.key_value if model.causal else 0
-    adapters = COMPUTE * model.adapters if sparse else 0
-    return ServingBytes(weights, adapters, float(per_token * batch * seq))
+    return request.tokens * (model.blocks * block + last + low + _LOGIT_BYTES * model.vocabulary)

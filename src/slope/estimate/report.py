@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from slope.estimate.memory import (
-    Precision,
-    ServingBytes,
-    TrainingBytes,
-    precision_of,
-    serving_bytes,
-    training_bytes,
-)
-from slope.estimate.rates import Rates
+from slope.estimate.memory import ServingBytes, TrainingBytes, serving_bytes, training_bytes
 from slope.estimate.request import Request
 from slope.estimate.shapes import ModelShape, shape_of
 from slope.estimate.timing import Flops, StepSeconds, flops_per_token, step_seconds
 
-# Most devices that are suggested.
-_MAX_DEVICES = 1024
+_MAX_DEVICES = 1024  # that are suggested
 _HOST = 8
 
 
@@ -56,24 +47,20 @@ class Estimate:
     Attributes:
         request: what was asked.
         model: its sizes.
-        precision: bytes per number.
-        batch: sequences per micro-batch and device.
-        seq: tokens per sequence.
         dense: the dense model.
         sparse: the sparse one.
         awake: step of the sparse one once its adapters are active.
+        measured_share: of the dense FLOPs of the linear layers, those in shapes that were measured.
         advice: what makes the sparse run fit; empty if it fits, or if nothing does.
-        notes: what to know about these numbers.
+        notes: every assumption, and the source of every number that is not counted.
     """
 
     request: Request
     model: ModelShape
-    precision: Precision
-    batch: int
-    seq: int
     dense: Side
     sparse: Side
     awake: StepSeconds
+    measured_share: float
     advice: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -87,71 +74,36 @@ def estimate(request: Request) -> Estimate:
     """Estimate a run.
 
     Raises:
-        ValueError: if the model cannot be built, sparsified, or is shorter than the sequences.
+        ValueError: if the model cannot be built or sparsified, or is not SLoPe's.
     """
     model = shape_of(request)
-    seq, batch = request.sequence(model.positions), request.batch
-    precision = precision_of(request.precision, request.moments)
-    dense = _side(request, model, precision, seq, sparse=False)
-    sparse = _side(request, model, precision, seq, sparse=True)
+    sparse = _side(model, request, sparse=True)
+    sizes = [
+        (layer.size, request.rates.is_measured(layer.out_features, layer.in_features))
+        for layer in model.linears
+    ]
+    share = sum(size for size, known in sizes if known) / sum(size for size, _ in sizes)
     return Estimate(
         request=request,
         model=model,
-        precision=precision,
-        batch=batch,
-        seq=seq,
-        dense=dense,
+        dense=_side(model, request, sparse=False),
         sparse=sparse,
-        awake=_step(request, model, precision, seq, sparse=True, adapters=True),
-        advice=() if sparse.fits else tuple(_advice(request, model, precision, seq)),
-        notes=tuple(_notes(request, model)),
+        awake=step_seconds(model, request, sparse=True, adapters=True),
+        measured_share=share,
+        advice=() if sparse.fits else tuple(_advice(model, request)),
+        notes=tuple(_notes(model, request, share)),
     )
 
 
-def _step(
-    request: Request,
-    model: ModelShape,
-    precision: Precision,
-    seq: int,
-    *,
-    sparse: bool,
-    adapters: bool = False,
-) -> StepSeconds:
-    return step_seconds(
-        model,
-        precision,
-        request.rates,
-        sparse=sparse,
-        batch=request.batch,
-        seq=seq,
-        devices=request.devices,
-        strategy=request.strategy,
-        accumulate=request.accumulate,
-        adapters=adapters,
-    )
-
-
-def _side(
-    request: Request, model: ModelShape, precision: Precision, seq: int, *, sparse: bool
-) -> Side:
-    training = training_bytes(
-        model,
-        precision,
-        sparse=sparse,
-        batch=request.batch,
-        seq=seq,
-        devices=request.devices,
-        strategy=request.strategy,
-    )
-    flops = flops_per_token(model, seq, sparse=sparse)
-    step = _step(request, model, precision, seq, sparse=sparse)
-    tokens = request.batch * seq * request.accumulate * request.devices
-    per_second = tokens / step.total
-    stored = model.rest + model.values + model.adapters
+def _side(model: ModelShape, request: Request, *, sparse: bool) -> Side:
+    training = training_bytes(model, request, sparse=sparse)
+    flops = flops_per_token(model, request.seq, sparse=sparse)
+    step = step_seconds(model, request, sparse=sparse)
+    per_second = request.tokens * request.accumulate * request.devices / step.total
     return Side(
-        parameters=stored if sparse else model.parameters,
+        parameters=model.stored(sparse),
         training=training,
-        serving=serving_bytes(model, sparse=sparse, batch=request.batch, seq=seq),
+        serving=serving_bytes(model, request, sparse=sparse),
         flops=flops,
         step=step,
         tokens_per_second=per_second,
@@ -160,78 +112,73 @@ def _side(
     )
 
 
-def _advice(request: Request, model: ModelShape, precision: Precision, seq: int) -> Iterator[str]:
-    """Changes that make the sparse run fit, the smallest first, each with its bytes."""
-    limit = request.rates.usable_memory
-
-    def total(batch: int, devices: int, strategy: str, chosen: Precision = precision) -> float:
-        return training_bytes(
-            model, chosen, sparse=True, batch=batch, seq=seq, devices=devices, strategy=strategy
-        ).total
-
-    def largest_batch(devices: int, strategy: str) -> int:
-        """The largest micro-batch up to the one asked for that fits, 0 if none does."""
-        batches = range(request.batch, 0, -1)
-        return next((b for b in batches if total(b, devices, strategy) <= limit), 0)
-
-    def say(words: str, size: float) -> str:
-        return f"{words}: {size / 1e9:.1f} GB per GPU"
-
-    batch, devices, strategy = request.batch, request.devices, request.strategy
-    smaller = largest_batch(devices, strategy)
-    if smaller:
-        more = -(-request.accumulate * batch // smaller)
-        yield say(
-            f"batch={smaller} accumulate={more}, a smaller micro-batch",
-            total(smaller, devices, strategy),
-        )
-    if devices > 1:
-        for other in ("zero1", "fsdp"):
-            size = total(batch, devices, other)
-            if other != strategy and size <= limit:
-                yield say(f"strategy={other}, the state shared out", size)
-    count = 2
-    while count <= _MAX_DEVICES:
-        fitting = largest_batch(count, "fsdp")
-        if count > devices and fitting:
-            words = f"devices={count} strategy=fsdp"
-            words += "" if fitting == batch else f" batch={fitting}"
-            yield say(f"{words}, more devices", total(fitting, count, "fsdp"))
-            break
-        count *= 2
-    if precision.mixed:
-        whole = precision_of("bf16")
-        size = total(batch, devices, strategy, whole)
-        if size <= limit:
-            yield say("precision=bf16, which rounds small updates away", size)
+def _advice(model: ModelShape, request: Request) -> Iterator[str]:
+    """A smaller micro-batch, or else the fewest devices that share the state, with their bytes."""
+    smaller = _fitting(model, request)
+    if smaller is not None:
+        sequences = request.batch * request.accumulate
+        words = f"batch={smaller.batch} accumulate={-(-sequences // smaller.batch)}"
+        yield f"{words}: {_gigabytes(model, smaller)} per GPU"
+    devices = max(2, request.devices)
+    while devices <= _MAX_DEVICES:
+        spread = _fitting(model, replace(request, devices=devices, strategy="fsdp"))
+        if spread is not None:
+            words = f"devices={devices} strategy=fsdp batch={spread.batch}"
+            size = _gigabytes(model, spread)
+            yield f"{words}: {size} per GPU; `slope train` does not have fsdp"
+            return
+        devices *= 2
 
 
-def _notes(request: Request, model: ModelShape) -> Iterator[str]:
-    rates = request.rates
-    if rates.gpu.caveat:
-        yield rates.gpu.caveat
-    without = sorted({str(layer.pattern) for layer in model.sparse if not layer.has_kernels})
-    if without:
-        count = sum(not layer.has_kernels for layer in model.sparse)
+def _fitting(model: ModelShape, request: Request) -> Request | None:
+    """The request with the largest micro-batch up to its own that fits, None if none does."""
+    for batch in range(request.batch, 0, -1):
+        smaller = replace(request, batch=batch)
+        if training_bytes(model, smaller, sparse=True).total <= request.rates.usable_memory:
+            return smaller
+    return None
+
+
+def _gigabytes(model: ModelShape, request: Request) -> str:
+    return f"{training_bytes(model, request, sparse=True).total / 1e9:.1f} GB"
+
+
+def _notes(model: ModelShape, request: Request, share: float) -> Iterator[str]:
+    rates, gpu = request.rates, request.rates.gpu
+    yield (
+        f"products: measured ({rates.measurement}); {share:.0%} of their FLOPs are in shapes that "
+        "were measured, the rest is interpolated. The host's time is not in it: small products in "
+        "eager mode are slower. Dense rates are those of 16 384 tokens."
+    )
+    if not gpu.measured:
         yield (
-            f"{count} of {len(model.sparse)} sparse layers ({', '.join(without)}) have no sparse "
-            "kernels (2:4 in whole tiles of 64 has): estimated at dense speed."
+            f"{gpu.name}: not measured by us: rates scaled by peak from {rates.measured_on.name}, "
+            "with that one's 2:4 speed-ups."
+        )
+    without = [layer for layer in model.sparse if not layer.has_kernels]
+    if without:
+        patterns = ", ".join(sorted({str(layer.pattern) for layer in without}))
+        yield (
+            f"{len(without)} of {len(model.sparse)} sparse layers ({patterns}) have no sparse "
+            "kernels (2:4 in whole tiles of 64 has): their products are dense."
+        )
+    yield (
+        f"attention: fused, at an assumed {gpu.attention_share:.0%} of the dense peak of "
+        f"{gpu.dense_flops / 1e12:.0f} TFLOP/s ({gpu.attention_source}; {gpu.source})."
+    )
+    yield (
+        f"bytes: at {rates.bandwidth / 1e12:.2f} TB/s, what a copy reaches; each operation is one "
+        "fused kernel, which is the least it can cost."
+    )
+    yield (
+        "memory: AdamW, fused attention, no activation checkpointing; of "
+        f"{gpu.memory / 1e9:.0f} GB an assumed {rates.usable_memory / gpu.memory:.0%} is usable, "
+        "the rest is for the CUDA context, workspaces and fragmentation."
+    )
+    if request.devices > 1:
+        yield (
+            f"exchange: bytes at the peak of NVLink, {gpu.link / 1e9:.0f} GB/s each way "
+            f"({gpu.source}), hidden by the compute beside it."
         )
     if request.devices > _HOST:
-        yield (
-            f"{request.devices} devices are more than one host's {_HOST}: the slower link between "
-            "hosts is not counted."
-        )
-    if request.devices > 1:
-        yield "Exchange between devices: bytes at the peak of NVLink; arithmetic."
-
-
-def measured_share(model: ModelShape, rates: Rates) -> float:
-    """Share of the dense FLOPs of the linear layers whose very shape was measured."""
-    total = sum(layer.size for layer in model.linears)
-    known = sum(
-        layer.size
-        for layer in model.linears
-        if rates.is_measured(layer.out_features, layer.in_features)
-    )
-    return known / total
+        yield f"the slower link between hosts of {_HOST} devices is not counted."

@@ -10,15 +10,39 @@ from typing import Any
 from slope import configs
 from slope.estimate.rates import Rates, rates_of
 
-STRATEGIES = ("ddp", "fsdp", "zero1")
-PRECISIONS = ("bf16", "bf16-mixed", "fp16")
-MOMENTS = ("bf16", "fp32")
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per number.
+
+    Attributes:
+        parameter: of weights, biases, values and adapters.
+        gradient: of ``.grad``.
+        moments: of Adam's two moments together; torch keeps them in the dtype of the parameter.
+        residual: of the stream between the blocks.
+    """
+
+    parameter: int
+    gradient: int
+    moments: int
+    residual: int
+
+    @property
+    def mixed(self) -> bool:
+        """Whether products cast their operands: autocast over fp32 parameters."""
+        return self.parameter == 4
+
+
+PRECISIONS = {"bf16-mixed": Precision(4, 4, 8, 4), "bf16": Precision(2, 2, 4, 2)}
+STRATEGIES = ("ddp", "zero1", "fsdp")
 KEYS = (
-    "model", "experiment", "gpu", "pattern", "batch", "seq", "devices", "strategy", "precision",
-    "rank", "accumulate", "layers", "moments",
+    "model", "experiment", "gpu", "pattern", "rank", "batch", "seq", "accumulate", "devices",
+    "strategy", "precision",
 )  # fmt: skip
-# Token count of the measured rates: what a model gets where neither batch nor recipe says more.
-_DEFAULT_SEQ, _DEFAULT_BATCH = 2048, 8
+# The settings of a run that an estimate reads beside its own keys.
+_OVERRIDES = ("model.", "pruner.", "datamodule.tokenizer=")
+# What a model gets where no recipe says more: the token count of the measured rates.
+_SEQ, _BATCH = 2048, 8
 
 
 @dataclass(frozen=True)
@@ -26,44 +50,46 @@ class Request:
     """A run to estimate.
 
     Attributes:
-        title: what the user called the model.
+        title: the model or recipe.
         cfg: the composed configuration, its pruner a sparse one.
         rates: of the GPU.
         batch: sequences per micro-batch and device.
-        seq: tokens per sequence; None for 2048, or as many as the model has positions.
-        devices: GPUs.
-        strategy: ``ddp``, ``fsdp`` or ``zero1``; without meaning on one device.
-        precision: one of ``PRECISIONS``.
+        seq: tokens per sequence.
         accumulate: micro-batches per optimizer step.
-        layers: blocks of a shortened model, or None for the whole one.
-        moments: dtype of Adam's moments, or None for that of the parameters, as torch has it.
+        devices: GPUs.
+        strategy: one of ``STRATEGIES``; without meaning on one device.
+        precision: one of ``PRECISIONS``.
     """
 
     title: str
     cfg: Any
     rates: Rates
     batch: int
-    seq: int | None
+    seq: int
+    accumulate: int
     devices: int
     strategy: str
     precision: str
-    accumulate: int
-    layers: int | None
-    moments: str | None
 
-    def sequence(self, positions: int) -> int:
-        """Tokens per sequence, for a model of so many positions.
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one device."""
+        return self.batch * self.seq
 
-        Raises:
-            ValueError: if the model has fewer positions.
-        """
-        seq = min(_DEFAULT_SEQ, positions) if self.seq is None else self.seq
-        if seq > positions:
-            raise ValueError(
-                f"seq={seq} is longer than the {positions} positions of {self.title}; type "
-                f"seq={positions}."
-            )
-        return seq
+    @property
+    def sizes(self) -> Precision:
+        """Bytes per number."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def state_shares(self) -> int:
+        """Devices that share out parameters and gradients."""
+        return self.devices if self.strategy == "fsdp" else 1
+
+    @property
+    def moment_shares(self) -> int:
+        """Devices that share out the optimizer's moments."""
+        return 1 if self.strategy == "ddp" else self.devices
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -76,46 +102,36 @@ def parse(words: Sequence[str]) -> Request:
     overrides = []
     for word in words:
         key, equals, value = word.partition("=")
-        if "." in key and equals:
+        if word.startswith(_OVERRIDES):
             overrides.append(word)
         elif key not in KEYS or not equals:
-            raise ValueError(_unknown(word, key, bool(equals)))
+            raise ValueError(_unknown(word, key))
         else:
             given[key] = value
-    rates = rates_of(given.get("gpu", "h200"))
-    from_recipe = "experiment" in given
-    title, groups = _what(given)
-    cfg = configs.compose([*groups, "pruner=slope", *_pruning(given), *overrides])
-    devices = _count(given, "devices") or 1
-    batch = _count(given, "batch")
-    if batch is None:
-        batch = int(cfg.datamodule.batch_size) if from_recipe else _DEFAULT_BATCH
-    seq = _count(given, "seq")
-    if seq is None and from_recipe:
-        seq = int(cfg.datamodule.max_length)
-    accumulate = _count(given, "accumulate")
-    if accumulate is None:
-        per_step = int(cfg.train.global_batch_size) if from_recipe else batch * devices
-        accumulate = max(1, per_step // (batch * devices))
-    moments = _choice("moments", given["moments"], MOMENTS) if "moments" in given else None
-    precision = _choice("precision", given.get("precision", "bf16-mixed"), PRECISIONS)
-    if moments == "bf16" and precision != "bf16":
+    title, what = _what(given)
+    cfg = configs.compose([what, "pruner=slope", *_pruning(given), *overrides])
+    recipe = "experiment" in given
+    config = cfg.model.config
+    positions = int(config.get("n_positions") or config.max_position_embeddings)
+    usual = int(cfg.datamodule.max_length) if recipe else min(_SEQ, positions)
+    seq = _count(given, "seq", usual)
+    if seq > positions:
         raise ValueError(
-            f"moments=bf16 goes with precision=bf16: with {precision} the parameters are fp32, and "
-            "torch's AdamW keeps its moments in their dtype. Leave moments= out."
+            f"seq={seq} is longer than the {positions} positions of {title}; type seq={positions}."
         )
+    batch = _count(given, "batch", int(cfg.datamodule.batch_size) if recipe else _BATCH)
+    devices = _count(given, "devices", 1)
+    together = max(1, int(cfg.train.global_batch_size) // (batch * devices)) if recipe else 1
     return Request(
         title=title,
         cfg=cfg,
-        rates=rates,
+        rates=rates_of(given.get("gpu", "h200")),
         batch=batch,
         seq=seq,
+        accumulate=_count(given, "accumulate", together),
         devices=devices,
         strategy=_choice("strategy", given.get("strategy", "ddp"), STRATEGIES),
-        precision=precision,
-        accumulate=accumulate,
-        layers=_count(given, "layers"),
-        moments=moments,
+        precision=_choice("precision", given.get("precision", "bf16-mixed"), tuple(PRECISIONS)),
     )
 
 
@@ -123,84 +139,52 @@ def find_model(name: str) -> str:
     """A model's full name from a short one: ``llama3-8b`` is ``llama3/8b``.
 
     Raises:
-        ValueError: if none has that name, or several could be meant.
+        ValueError: if none has that name.
     """
-    known = configs.choices("model")
-    if name in known:
-        return name
-    found = [choice for choice in known if _squeeze(choice) == _squeeze(name)]
-    if len(found) == 1:
-        return found[0]
-    near = configs.nearest(name.replace("-", "/", 1), known)
+    known = {re.sub(r"[^a-z0-9.]", "", choice): choice for choice in configs.choices("model")}
+    found = known.get(re.sub(r"[^a-z0-9.]", "", name.lower()))
+    if found is not None:
+        return found
+    near = configs.nearest(name.replace("-", "/", 1), known.values())
     raise ValueError(
-        f"model={name!r} is unknown; did you mean model={near.replace('/', '-')}? Models: "
-        f"{', '.join(choice.replace('/', '-') for choice in known)}."
+        f"model={name!r} is unknown; did you mean model={near.replace('/', '-')}? "
+        f"Models: {models()}."
     )
 
 
-def _squeeze(name: str) -> str:
-    return re.sub(r"[^a-z0-9.]", "", name.lower())
+def models() -> str:
+    """The models there are, in short form."""
+    return ", ".join(choice.replace("/", "-") for choice in configs.choices("model"))
 
 
-def _what(given: dict[str, str]) -> tuple[str, list[str]]:
+def _what(given: dict[str, str]) -> tuple[str, str]:
+    """Title, and the override that chooses the model or the recipe."""
     if "model" in given and "experiment" in given:
         raise ValueError(
             f"model={given['model']} and experiment={given['experiment']} both name a model; give "
             "one of them."
         )
     if "experiment" in given:
-        return given["experiment"], [f"experiment={given['experiment']}"]
+        return given["experiment"], f"experiment={given['experiment']}"
     if "model" not in given:
         raise ValueError(
-            "nothing to estimate; add model=llama3-8b or experiment=owt/gpt2s. Models: "
-            f"{', '.join(name.replace('/', '-') for name in configs.choices('model'))}."
+            f"nothing to estimate; add model=llama3-8b or experiment=owt/gpt2s. Models: {models()}."
         )
     name = find_model(given["model"])
-    return name, [f"model={name}"]
+    return name, f"model={name}"
 
 
 def _pruning(given: dict[str, str]) -> list[str]:
-    from slope.pattern import NMPattern
-
-    overrides = []
-    if "pattern" in given:
-        overrides.append(f'pruner.pattern="{NMPattern.parse(given["pattern"])}"')
+    overrides = [f"pruner.pattern={given['pattern']}"] if "pattern" in given else []
     if "rank" in given:
-        rank = _number(given["rank"])
-        if rank == 0:
-            overrides.append("pruner.add_lora=False")
-        elif rank < 1:
-            overrides.append(f"pruner.lora_rank={rank}")
-        elif rank == int(rank):
-            overrides.append(f"pruner.lora_rank={int(rank)}")
-        else:
-            raise ValueError(_rank_text(given["rank"]))
+        none = re.fullmatch(r"0+(\.0*)?", given["rank"])
+        overrides.append("pruner.add_lora=False" if none else f"pruner.lora_rank={given['rank']}")
     return overrides
 
 
-def _rank_text(value: str) -> str:
-    return (
-        f"rank={value} must be 0 (no adapters), a whole number, or a ratio of d_in between 0 and "
-        "1, for example rank=16 or rank=0.0156."
-    )
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise ValueError(_rank_text(text)) from error
-    if not 0 <= value < float("inf"):
-        raise ValueError(_rank_text(text))
-    return value
-
-
-def _count(given: dict[str, str], key: str) -> int | None:
-    """The whole number given for a key, None if it is not given."""
-    if key not in given:
-        return None
-    text = given[key]
-    if not text.isdigit() or int(text) < 1:
+def _count(given: dict[str, str], key: str, usual: int) -> int:
+    text = given.get(key, str(usual))
+    if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{key}={text} must be a whole number of at least 1, for example {key}=8.")
     return int(text)
 
@@ -214,11 +198,14 @@ def _choice(key: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
-def _unknown(word: str, key: str, has_value: bool) -> str:
-    near = configs.nearest(key, KEYS)
-    if not has_value:
+def _unknown(word: str, key: str) -> str:
+    if "=" not in word:
         return (
             f"{word!r} is not of the form key=value; write for example model=llama3-8b gpu=h200. "
             f"Keys: {', '.join(KEYS)}."
         )
-    return f"{word!r}: unknown key {key!r}; did you mean {near}=? Keys: {', '.join(KEYS)}."
+    near = configs.nearest(key.rsplit(".", 1)[-1], KEYS)
+    return (
+        f"{word!r}: unknown key {key!r}; did you mean {near}=? Keys: {', '.join(KEYS)}, and what "
+        "`slope train` has under model. and pruner."
+    )
