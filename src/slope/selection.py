@@ -25,8 +25,9 @@ def select_kernel(
     inside = (g < groups)[:, None]
     score = tl.load(scores + at, mask=inside, other=0.0)
     mine, other = score[:, :, None], score[:, None, :]
-    first = j[None, None, :] < j[None, :, None]
-    beaten = (other > mine) | ((other == mine) & first)
+    # Compared as the reference does, so that NaN, which compares as equal, gives the same mask too.
+    before = j[None, None, :] < j[None, :, None]
+    beaten = (before & ~(mine > other)) | (~before & (other > mine))
     rank = tl.sum(beaten.to(tl.int32), axis=2)
     tl.store(keep + at, (rank < N).to(tl.int8), mask=inside)
 
@@ -35,7 +36,7 @@ def select(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
     """True for the n highest of each m along ``dim``; of equals the first.
 
     Args:
-        scores: (O, I) on a GPU, float, without NaN; m divides the dimension and is a power of two.
+        scores: (O, I) on a GPU, float; m divides the dimension and is a power of two.
         n: kept of each group.
         m: group size.
         dim: 0 or 1.
@@ -50,5 +51,6 @@ def select(scores: Tensor, n: int, m: int, dim: int) -> Tensor:
     block = max(1, _COMPARISONS // (m * m))
     if groups:
         grid = (-(-groups // block),)
-        select_kernel[grid](scores, keep.view(torch.int8), groups, inner, n, m, block)
+        with torch.cuda.device_of(scores):  # Triton launches on the current device
+            select_kernel[grid](scores, keep.view(torch.int8), groups, inner, n, m, block)
     return keep

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 from fake_cusparselt import unpack
 
 import slope
 from slope import selection
-from slope.backends import decoding
+from slope.backends import DenseBackend, decoding, decoding_kernels, dispatch, get_backend, ops
 from slope.backends.cusparselt import kernels, layout
 from slope.backends.decoding import DecodeLaunch
+from slope.backends.launch import Launcher
+from slope.backends.tuning import Choice
 from slope.compressed import column_indices, compress, decompress, pack_bits
 from slope.masks import column_keep_mask, row_keep_mask, top_n
 
@@ -109,20 +116,87 @@ def decode():
                 given = [None if t is None else t.to(dtype) for t in (bias, down, up)]
                 if number == 2:
                     given[0] = None
-                y = decoding.decode(x.to(dtype), values, metadata, *given, 0.25, cut)
+                kept = values if number == 1 else values.to(dtype)
+                y = decoding.decode(x.to(dtype), kept, metadata, *given, 0.25, cut)
                 assert y.dtype == dtype
                 error = (y.double() - exact).abs().max() / exact.abs().max()
                 assert error < (1e-5 if dtype is torch.float32 else 2e-3), (tokens, dtype, error)
-                again = decoding.decode(x.to(dtype), values, metadata, *given, 0.25, cut)
+                again = decoding.decode(x.to(dtype), kept, metadata, *given, 0.25, cut)
                 same(y, again)
     assert decoding.decode(torch.empty(0, 32), values, metadata).shape == (0, 8)
+
+
+@triton.jit
+def _dot_in_fp32(a, b, accumulator):
+    # The interpreter takes bf16 operands of a dot for the integers that it stores them as.
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+
+
+@mock.patch.object(decoding_kernels, "_dot", _dot_in_fp32)
+def decode_bf16():
+    """Small whole numbers, so that every sum and cast is exact, of whatever order and rounding."""
+
+    def whole(*shape):
+        return (torch.randn(shape) * 0.6).round().clamp(-2, 2)
+
+    rows, columns, rank = 40, 96, 3
+    dense = whole(rows, columns)
+    row = row_keep_mask(dense, PATTERN)
+    down = whole(rank, columns) * (torch.rand(rank, columns) < 0.1)
+    bias, up = whole(rows), whole(rows, rank)
+    for values_dtype in (torch.bfloat16, torch.float32):
+        values, metadata = compress(dense.to(values_dtype), row, PATTERN)
+        for tokens in (1, 2, 9, 64):
+            x = whole(tokens, columns)
+            low = x @ down.t()
+            expected = x @ (dense * row).t() + bias + 2 * low @ up.t()
+            assert expected.abs().max() <= 256 and low.abs().max() <= 256  # bf16 holds these
+            given = [tensor.bfloat16() for tensor in (bias, down, up)]
+            y = decoding.decode(x.bfloat16(), values, metadata, *given, 2.0)
+            same(y, expected.bfloat16())
+
+
+def serve():
+    """A backend asked for by name, down to the kernels: a launch, or two with an adapter."""
+    launched = []
+    call = Launcher.__call__
+    patches = (
+        mock.patch.object(ops, "_on_gpu", lambda tensor: True),
+        mock.patch.object(ops, "_can_measure", lambda: True),
+        mock.patch.object(ops, "why_no_cusparselt", lambda device, dtype: "not here"),
+        mock.patch.object(ops, "tuner", lambda: SimpleNamespace(choose=lambda *_: Choice("dense"))),
+        mock.patch.object(dispatch, "why_no_kernels", lambda pattern, dtype, device: None),
+        mock.patch.object(
+            Launcher,
+            "__call__",
+            lambda self, *rest, **options: launched.append(self) or call(self, *rest, **options),
+        ),
+    )
+    # As wide as a GPU: one split.
+    layer = slope.SlopeLinear(64, 64 * decoding._PROGRAMS).half().requires_grad_(False)
+    layer.add_adapter(5, scale=0.5)
+    torch.nn.init.normal_(layer.adapter.up)
+    weight = layer.compressed_weight()
+    x = halves(9, 128).half()[:, ::2]  # columns that lie apart
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for patch in patches:
+            stack.enter_context(patch)
+        backend = get_backend("triton")
+        for adapter in (None, layer._adapter_term(torch.float16)):
+            launched.clear()
+            y = backend.forward(x, weight, layer.bias, None, adapter)
+            assert len(launched) == (1 if adapter is None else 2), launched
+            expected = DenseBackend().forward(x, weight, layer.bias, None, adapter)
+            torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
 
 
 def select():
     for n, m, shape in [(2, 4, (12, 48)), (1, 2, (6, 70)), (2, 16, (32, 64)), (7, 32, (64, 96))]:
         for dtype in (torch.float32, torch.float16, torch.float64):
             scores = torch.randn(shape).half().abs().to(dtype)
-            for given in (scores, (scores * 2).round() / 2, scores.t().contiguous().t()):
+            some_nan = scores.masked_fill(torch.rand(shape) < 0.1, float("nan"))
+            ties = (scores * 2).round() / 2
+            for given in (scores, ties, some_nan, scores.t().contiguous().t()):
                 for dim in (0, 1):
                     if shape[dim] % m == 0:
                         expected = top_n(given, slope.NMPattern(n, m), dim)

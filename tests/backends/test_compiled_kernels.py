@@ -1,11 +1,11 @@
-"""Each kernel compiles for the GPUs that it is meant for; that needs Triton, and no GPU."""
+"""What is launched compiles for the GPUs that it is meant for; that needs Triton, and no GPU."""
 
 from __future__ import annotations
 
-import inspect
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -13,71 +13,149 @@ if find_spec("triton") is None:
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.errors import OutOfResources
 
 from slope import selection
-from slope.backends import decoding, decoding_kernels
+from slope.backends import decoding
 from slope.backends.cusparselt import kernels
+from slope.backends.launch import Launcher
 
-BF16, FP16, FP32, U8, I8, I32 = "*bf16", "*fp16", "*fp32", "*u8", "*i8", "i32"
-
-
-def _decode(rank, splits, cut):
-    """Signature of the first launch; tensors that are not there are None, as when launching."""
-    final = splits == 1 and not rank
-    return [
-        BF16, BF16, U8, BF16, BF16 if rank else None, BF16, None if final else FP32,
-        FP32 if rank else None, *[I32] * 6, True, bool(rank), final, cut.tokens, cut.outputs,
-        cut.inputs, cut.stages,
-    ]  # fmt: skip
-
-
-KERNELS = {
-    "pack rows": (kernels._pack_rows_kernel, [FP32, U8, BF16, I32, I32, 4], 4),
-    "pack columns": (kernels._pack_columns_kernel, [FP32, U8, U8, BF16, I32, I32, 8], 2),
-    "expand": (kernels._expand_kernel, [BF16, U8, None, FP16, I32, False, 256], 4),
-    "expand survivors": (kernels._expand_kernel, [FP32, U8, U8, BF16, I32, True, 256], 4),
-    "column mask": (kernels._column_mask_kernel, [FP32, U8, U8, I32, 4, 32], 4),
-    "gather": (kernels._gather_kernel, [BF16, U8, FP32, I32, False, 1024], 4),
-    "gather, added": (kernels._gather_kernel, [BF16, U8, FP32, I32, True, 1024], 4),
-    "low rank": (
-        kernels._low_rank_kernel, [BF16] * 4 + ["fp32"] + [I32] * 4 + [64, 128, 128, 64], 4,
-    ),
-    "select": (selection.select_kernel, [FP32, I8, I32, I32, 2, 4, 512], 4),
-    "select 7:32": (selection.select_kernel, [BF16, I8, I32, I32, 7, 32, 8], 4),
-    "finish": (
-        decoding_kernels._finish_kernel,
-        [FP32, FP32, BF16, BF16, BF16, I32, I32, I32, I32, "fp32", True, True, 32, 64, 64], 4,
-    ),
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
+    torch.int8: "*i8",
 }  # fmt: skip
-for cut in decoding._LAUNCHES:
-    kernel = decoding_kernels._many_kernel if cut.tensor_cores else decoding_kernels._few_kernel
-    for rank, splits in ((0, 1), (0, 4), (8, 4)):
-        name = f"decode {cut.tokens} tokens, rank {rank}, {splits} splits"
-        KERNELS[name] = (kernel, _decode(rank, splits, cut), cut.num_warps)
+SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024}  # bytes that one program may have
+ROWS, COLUMNS, RANK = 192, 1088, 40
 
 
-@pytest.mark.parametrize("capability", [90])
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernel_compiles(name, capability, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not set
-    kernel, arguments, num_warps = KERNELS[name]
-    names = list(inspect.signature(kernel.fn).parameters)
-    assert len(names) == len(arguments)
-    pairs = dict(zip(names, arguments, strict=True))
-    constants = {key: value for key, value in pairs.items() if not isinstance(value, str)}
-    signature = {key: "constexpr" if key in constants else pairs[key] for key in names}
-    # As in every call: addresses and sizes are multiples of 16.
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, key in enumerate(names)
-        if signature[key].startswith("*")
-    }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype)
+
+
+VALUES = {
+    dtype: empty(ROWS, COLUMNS // 2, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)
+}
+METADATA = empty(ROWS, COLUMNS // 8, dtype=torch.uint8)
+COLUMN_MASK = empty(ROWS, COLUMNS // 16, dtype=torch.uint8)
+DENSE = empty(ROWS, COLUMNS)
+DOWN, UP, BIAS = empty(RANK, COLUMNS), empty(ROWS, RANK), empty(ROWS)
+
+
+def decode(tokens, dtype, adapter=True):
+    pair = (DOWN, UP) if adapter else (None, None)
+    x = empty(tokens, COLUMNS)
+    return lambda: decoding.decode(x, VALUES[dtype], METADATA, BIAS, *pair, 0.5)
+
+
+def whole(tokens):
+    cut = decoding.launch_for(tokens, 2)._replace(max_splits=1)
+    x = empty(tokens, COLUMNS)
+    return lambda: decoding.decode(x, VALUES[torch.bfloat16], METADATA, BIAS, launch=cut)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CALLS = {
+    "pack rows": lambda: kernels.pack_rows(VALUES[FP32], METADATA, BF16),
+    "pack columns": lambda: kernels.pack_columns(VALUES[FP32], METADATA, COLUMN_MASK, BF16),
+    "expand": lambda: kernels.expand(VALUES[BF16], METADATA, None, FP16),
+    "expand survivors": lambda: kernels.expand(VALUES[FP32], METADATA, COLUMN_MASK, BF16),
+    "column mask": lambda: kernels.select_column_mask(VALUES[FP32], METADATA),
+    "gather": lambda: kernels.gather_gradient(DENSE, METADATA, FP32),
+    "gather, added": lambda: kernels.gather_gradient(DENSE, METADATA, FP32, VALUES[FP32]),
+    "low rank": lambda: kernels.low_rank(DENSE, DOWN, UP, 0.5),
+    "select": lambda: selection.select(VALUES[FP32], 2, 4, 1),
+    "select 7:32": lambda: selection.select(DENSE, 7, 32, 0),
+    **{f"decode {tokens}, one split": whole(tokens) for tokens in (1, 2, 16, 32, 64)},
+    **{f"decode {tokens}, adapter": decode(tokens, BF16) for tokens in (1, 2, 16, 32, 64)},
+    **{f"decode {tokens}, fp32 values": decode(tokens, FP32) for tokens in (16, 64)},
+}
+LARGEST = ["low rank", "decode 16, fp32 values", "decode 64, fp32 values", "decode 64, adapter"]
+
+
+@pytest.fixture(scope="module")
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not set
+        yield
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels with their arguments, numbers told from constants, instead of being launched."""
+    recorded = []
+
+    def record(launcher, grid, tensors, numbers, constants, num_warps=4):
+        recorded.append((launcher._kernel, tensors, numbers, constants, num_warps))
+
+    class Select:
+        fn = selection.select_kernel
+
+        def __getitem__(self, grid):
+            return lambda scores, keep, groups, inner, *constants: recorded.append(
+                (self.fn, (scores, keep), (groups, inner), constants, 4)
+            )
+
+    monkeypatch.setattr(Launcher, "__call__", record)
+    monkeypatch.setattr(selection, "select_kernel", Select())
+    return recorded
+
+
+def compiled(launch, capability):
+    """As Triton's JIT would do for a launch: what is None, or the number 1, becomes a constant."""
+    kernel, tensors, numbers, constants, num_warps = launch
+    signature, fixed, aligned = {}, {}, {}
+    arguments = zip(kernel.arg_names, (*tensors, *numbers, *constants), strict=True)
+    for place, (name, value) in enumerate(arguments):
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        elif value is None or value == 1 or place >= len(tensors) + len(numbers):
+            signature[name], fixed[name] = "constexpr", value
+            continue
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(kernel, signature, fixed, aligned),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps},
     )
-    assert f"sm_{capability}" in compiled.asm["ptx"]
-    # What an H100 has for one program; more would fail at launch.
-    assert compiled.metadata.shared <= 232448
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [*[(name, 90) for name in CALLS], *[(name, 89) for name in LARGEST]],
+)
+@pytest.mark.usefixtures("_cache")
+def test_what_is_launched_compiles_and_has_room(launches, name, capability):
+    CALLS[name]()
+    assert 1 <= len(launches) <= 2
+    for launch in launches:
+        binary = compiled(launch, capability)
+        assert f"sm_{capability}" in binary.asm["ptx"]
+        assert binary.metadata.shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_a_layer_takes_one_launch_and_two_where_sums_or_an_adapter_are_added(launches, tokens):
+    whole(tokens)()
+    assert len(launches) == 1
+    decode(tokens, BF16, adapter=False)()  # 192 rows alone leave most of a GPU idle: I is split
+    assert len(launches) == 1 + 2
+    decode(tokens, BF16)()
+    assert len(launches) == 1 + 2 + 2
+
+
+def test_a_kernel_that_finds_no_room_is_an_error_that_leaves_a_path_out():
+    class Kernel:
+        __name__ = "_large_kernel"
+
+        def __getitem__(self, grid):
+            def launch(*arguments, num_warps):
+                raise OutOfResources(118784, 101376, "shared memory")
+
+            return launch
+
+    with pytest.raises(RuntimeError, match="cannot launch _large_kernel: out of resource: shared"):
+        Launcher(Kernel())((1, 1, 1), (METADATA,), (), ())

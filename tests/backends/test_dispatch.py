@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import slope
-from slope.backends import get_backend, ops
+from slope.backends import DenseBackend, dispatch, get_backend, ops
 from slope.backends.choices import ChoiceStore
 from slope.backends.support import why_no_kernels, why_not_sparse_kernels
 from slope.backends.tuning import ProductKey, Tuner, bucket
@@ -122,6 +122,54 @@ def test_a_path_asked_for_that_cannot_is_an_error(gpu):
     assert run(product())[0] == "dense"
     with pytest.raises(RuntimeError, match="999 stores another layout; use backend='auto'"):
         run(product(only="cusparselt"))
+
+
+def test_the_decode_kernel_asked_for_does_few_tokens_forward_or_says_why_not(gpu):
+    assert run(product(tokens=64, only="triton", shape=(80, 96)))[0] == "triton"
+    with pytest.raises(RuntimeError, match="'triton' cannot .* 65 tokens, the decode kernel takes"):
+        run(product(tokens=65, only="triton"))
+    with pytest.raises(RuntimeError, match="in_features=48 is not divisible by 32, the decode"):
+        run(product(tokens=64, only="triton", shape=(80, 48)))
+    gradient = product(tokens=16, only="triton")._replace(operation="input_gradient")
+    paths = {"cusparselt": lambda algorithm: None, "dense": lambda algorithm: None}
+    with pytest.raises(RuntimeError, match="decode kernel does the forward alone; use backend"):
+        ops._run(gradient, paths, lambda: 7)
+    assert slope.SparsityConfig(backend="triton").backend == get_backend("triton").name == "triton"
+
+
+@pytest.mark.parametrize("name", dispatch.PATHS)
+def test_a_shape_without_kernels_is_dense_unless_a_path_is_asked_for(monkeypatch, name):
+    monkeypatch.setattr(dispatch, "why_no_kernels", lambda pattern, dtype, device: None)
+    weight = slope.SlopeLinear(20, 28).compressed_weight()
+    x = torch.randn(3, 20)
+    with torch.no_grad():
+        expected = DenseBackend().forward(x, weight, None)
+        assert torch.equal(get_backend("auto").forward(x, weight, None), expected)
+        with pytest.raises(RuntimeError, match="in_features=20 is not divisible by 16; use"):
+            get_backend(name).forward(x, weight, None)
+
+
+def test_without_gradients_the_backend_adds_the_adapter_itself():
+    class Recording(DenseBackend):
+        seen = []
+
+        def forward(self, x, weight, bias, operands=None, adapter=None):
+            self.seen.append(adapter)
+            return super().forward(x, weight, bias, operands, adapter)
+
+    layer = slope.SlopeLinear(64, 32)
+    layer.add_adapter(5, scale=0.3)
+    torch.nn.init.normal_(layer.adapter.up)
+    layer._backend = Recording()
+    x = torch.randn(2, 3, 64)
+    with torch.no_grad():
+        layer(x)
+        assert layer._backend.seen == [None]  # dormant
+        layer.adapter.active = True
+        y = layer(x)
+    assert layer._backend.seen[-1].scale == 0.3
+    assert torch.equal(layer(x), y)  # bit for bit what training computes
+    assert layer._backend.seen[-1] is None
 
 
 def test_while_a_graph_is_captured_nothing_is_measured_or_kept(gpu):

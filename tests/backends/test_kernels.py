@@ -22,6 +22,8 @@ KERNELS = [
     "gather_gradient",
     "low_rank",
     "decode",
+    "decode_bf16",
+    "serve",
     "select",
 ]
 

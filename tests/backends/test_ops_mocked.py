@@ -9,7 +9,7 @@ import torch
 from fake_cusparselt import FakeLibrary
 
 import slope
-from slope.backends import DenseBackend, ops, support
+from slope.backends import DenseBackend, dispatch, ops, support
 from slope.backends.choices import ChoiceStore
 from slope.backends.cusparselt import layout
 from slope.backends.cusparselt.binding import Library
@@ -81,6 +81,58 @@ def test_the_forward_equals_the_reference(fake, tokens, rank):
         )  # fmt: skip
     torch.testing.assert_close(y, reference, rtol=2e-2, atol=5e-2)
     assert "Matmul" in fake.names()
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_few_tokens_go_to_the_decode_kernel_in_one_call(fake, monkeypatch, rank):
+    calls = []
+
+    def decode(x, values, metadata, bias, down, up, scale):
+        calls.append((x.shape[0], None if up is None else up.shape[1], scale))
+        return x.new_zeros(x.shape[0], values.shape[0])
+
+    monkeypatch.setattr(ops, "decode", decode)
+    monkeypatch.setattr(ops, "why_no_decode", lambda tokens, in_features: None)
+    layer, given = operands(16, rank, only="triton")
+    layer.requires_grad_(False)
+    backend = slope.backends.get_backend("triton")
+    monkeypatch.setattr(dispatch, "why_no_kernels", lambda pattern, dtype, device: None)
+    term = slope.backends.AdapterTerm(*given[6:8], 0.5) if rank else None
+    for _ in range(2):
+        backend.forward(given[0], layer.compressed_weight(), layer.bias, None, term)
+    assert calls[-2:] == [(16, rank or None, 0.5 if rank else 1.0)] * 2  # before, it was measured
+
+
+def test_the_device_of_the_operands_is_the_current_one_in_every_launch(fake, monkeypatch):
+    inside = []
+
+    class device_of:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            inside.append(self.tensor)
+
+        def __exit__(self, *_):
+            inside.pop()
+
+    kernels, product = ops._kernels(), fake.products.matmul
+    seen = []
+
+    def watched(function):
+        def call(*arguments):
+            seen.append(len(inside))
+            return function(*arguments)
+
+        return call
+
+    for name, function in vars(kernels).items():
+        monkeypatch.setattr(kernels, name, watched(function))
+    monkeypatch.setattr(fake.products, "matmul", watched(product))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    _, given = operands(rank=3)
+    ops.sparse_linear(*given).backward(torch.randn(16, 64, dtype=torch.bfloat16))
+    assert len(seen) >= 6 and all(seen) and not inside
 
 
 def test_gradients_equal_the_references_and_plans_are_made_once(fake):

@@ -22,7 +22,7 @@ def get_backend(name: str, prune_backward: bool = True) -> Backend:
     """The backend of that name; ``"auto"`` takes the fastest that serves a product.
 
     Args:
-        name: ``"auto"``, ``"dense"`` or ``"cusparselt"``.
+        name: ``"auto"``, ``"dense"``, ``"cusparselt"`` or ``"triton"``, few tokens' forward alone.
         prune_backward: False for layers whose column mask keeps everything.
 
     Raises:

@@ -52,11 +52,14 @@ _LAUNCHES = (
 )
 
 
-def launch_for(tokens: int, dtype: torch.dtype) -> DecodeLaunch:
-    """The cut for that many tokens, 1 to 64, of a dtype."""
+def launch_for(tokens: int, itemsize: int) -> DecodeLaunch:
+    """The cut for 1 to 64 tokens; ``itemsize`` is the larger of the inputs' and the values'.
+
+    Every cut fits into the 99 KiB of shared memory that the smallest GPUs have (sm_86, sm_89).
+    """
     launch = next(launch for launch in _LAUNCHES if tokens <= launch.tokens)
     # Steps of fp32 are twice as large; as many as of bf16 would not fit into shared memory.
-    return launch._replace(stages=2) if dtype is torch.float32 else launch
+    return launch._replace(stages=2) if itemsize > 2 else launch
 
 
 def why_no_decode(tokens: int, in_features: int) -> str | None:
@@ -109,7 +112,7 @@ def decode(
     y = x.new_empty((tokens, out_features))
     if not y.numel():
         return y
-    cut = launch or launch_for(tokens, x.dtype)
+    cut = launch or launch_for(tokens, max(x.itemsize, values.itemsize))
     rank = 0 if up is None else up.shape[1]
     tiles = -(-out_features // cut.outputs) + -(-rank // cut.outputs)
     steps = -(-in_features // cut.inputs)

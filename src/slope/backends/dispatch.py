@@ -1,4 +1,4 @@
-"""``backend="auto"``: for each product the faster of cuSPARSELt and a dense product.
+"""``backend="auto"``: for each product the fastest of cuSPARSELt, Triton and a dense product.
 
 2:4 layers in bf16 or fp16 on a GPU go to sparse kernels where these win, and else to a dense
 product over a transient expanded weight; everything else goes to the reference. In eager mode the
@@ -18,7 +18,7 @@ from slope.backends.dense import DenseBackend
 from slope.backends.support import KERNEL_DTYPES, KERNEL_PATTERN, why_no_kernels
 from slope.pattern import NMPattern
 
-PATHS = ("cusparselt",)
+PATHS = ("cusparselt", "triton")
 
 
 class AutoBackend:
@@ -136,8 +136,10 @@ class AutoBackend:
             if where not in self._reasons:
                 self._reasons[where] = why_no_kernels(weight.pattern, dtype, device)
             reason = self._reasons[where]
+        if reason is None and weight.in_features % 16:
+            reason = f"in_features={weight.in_features} is not divisible by 16"
         if reason is not None and self._only is not None:
             raise RuntimeError(
                 f"backend={self._only!r} cannot serve this layer: {reason}; use backend='auto'."
             )
-        return reason is None and weight.in_features % 16 == 0
+        return reason is None

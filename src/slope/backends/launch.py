@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 
 class Launcher:
@@ -32,7 +33,7 @@ class Launcher:
         constants: tuple[Any, ...],
         num_warps: int = 4,
     ) -> None:
-        """Launch on the current stream of the tensors' device.
+        """Launch on the current stream of the tensors' device, which must be the current device.
 
         Args:
             grid: programs along three dimensions.
@@ -40,6 +41,9 @@ class Launcher:
             numbers: further arguments.
             constants: values of the ``tl.constexpr`` arguments, last in the kernel's signature.
             num_warps: per program.
+
+        Raises:
+            RuntimeError: if Triton cannot compile the kernel for this GPU, or has no room there.
         """
         first = tensors[0]
         assert first is not None
@@ -52,7 +56,10 @@ class Launcher:
             # The launcher takes every argument of the signature, and here no hooks.
             run(*grid, stream, function, metadata, None, None, None, *tensors, *numbers, *constants)
             return
-        compiled = self._kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
+        try:
+            compiled = self._kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
+        except TritonError as error:  # which is no RuntimeError, as the lack of memory should be
+            raise RuntimeError(f"Triton cannot launch {self._kernel.__name__}: {error}") from error
         if compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
 

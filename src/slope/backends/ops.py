@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from slope.backends.support import machine, why_no_cusparselt
 from slope.backends.tuning import Choice, ProductKey, Tuner, bucket
 
 _REFERENCE = DenseBackend()
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Product(NamedTuple):
@@ -63,6 +65,18 @@ def tuner() -> Tuner:
     return Tuner(ChoiceStore(), machine())
 
 
+def _on_its_device(product: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The product with its first tensor's GPU as the current one, where everything is launched."""
+
+    @functools.wraps(product)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.cuda.device_of(args[0]):
+            return product(*args, **kwargs)
+
+    return run
+
+
+@_on_its_device
 def sparse_linear_forward(
     x: Tensor,
     values: Tensor,
@@ -130,6 +144,7 @@ def sparse_linear_forward(
     return _run(product, paths, search)
 
 
+@_on_its_device
 def sparse_input_gradient_forward(
     dy: Tensor, values: Tensor, metadata: Tensor, column_mask: Tensor, only: str
 ) -> Tensor:
@@ -170,6 +185,7 @@ def sparse_input_gradient_forward(
     return _run(product, {"cusparselt": cusparselt, "dense": dense}, search)
 
 
+@_on_its_device
 def values_gradient_forward(dy: Tensor, x: Tensor, metadata: Tensor, dtype: torch.dtype) -> Tensor:
     """∇values = (∇Yᵀ X)[kept]: a dense product, then one pass that keeps half of it.
 
@@ -189,6 +205,7 @@ def values_gradient_forward(dy: Tensor, x: Tensor, metadata: Tensor, dtype: torc
     return _kernels().gather_gradient(dy.t() @ x, metadata, dtype)
 
 
+@_on_its_device
 def column_mask_forward(values: Tensor, metadata: Tensor, out: Tensor | None = None) -> Tensor:
     """The packed column mask by the magnitudes of the values as they are now.
 
@@ -209,6 +226,7 @@ def column_mask_forward(values: Tensor, metadata: Tensor, out: Tensor | None = N
     return _kernels().select_column_mask(values, metadata, out)
 
 
+@_on_its_device
 def packed_operand(values: Tensor, metadata: Tensor) -> Tensor | None:
     """The operand of W^R in cuSPARSELt's layout, or None where that cannot be used.
 
@@ -253,7 +271,8 @@ def _choose(
                 "run the model before the capture."
             )
         return Choice("dense")  # not kept: the next call may measure
-    refused = {name: reason for name in paths if (reason := _why_not(name, product))}
+    names = dict.fromkeys((*paths, only))
+    refused = {name: reason for name in names if (reason := _why_not(name, product))}
     wanted = {name: path for name, path in paths.items() if name not in refused}
     choice = Choice("dense")
     if len(wanted) > 1 and only != "dense":
@@ -275,6 +294,8 @@ def _choose(
 def _why_not(path: str, product: Product) -> str | None:
     """Reason why a path cannot do a product, or None."""
     if path == "triton":
+        if product.operation != "forward":
+            return "the decode kernel does the forward alone"
         return why_no_decode(product.tokens, product.in_features)
     if path == "cusparselt":
         if not layout.fits(product.out_features, product.in_features):
