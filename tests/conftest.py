@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -9,6 +11,9 @@ from torch import nn
 
 import oracle
 import slope
+
+# A script of the kernels' tests, which imports Triton.
+collect_ignore = [] if find_spec("triton") else ["backends/interpreted_kernels.py"]
 
 settings.register_profile(
     "slope",
