@@ -26,6 +26,7 @@ COMMANDS = (
     "compare",
     "inspect",
     "generate",
+    "eval",
     "export",
     "bench",
     "estimate",

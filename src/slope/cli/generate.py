@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
             f"'{source.path}' comes without a tokenizer; type --tokenizer <a tokenizer.json, or a "
             "folder that holds one>."
         )
-    model = _prepared(source.model, options)
+    model = prepared(source.model, options)
     stream = len(prompts) == 1 and not options.json
     results: list[dict[str, Any]] = []
     seconds = 0.0
@@ -97,9 +97,9 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def add_source(parser: ArgumentParser) -> None:
+def add_source(parser: ArgumentParser, nargs: str | None = None) -> None:
     """The options that say which model is meant."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="see below")
+    parser.add_argument("checkpoint", nargs=nargs, metavar="CHECKPOINT", help="see below")
     parser.add_argument(
         "--tokenizer", type=Path, metavar="PATH", help="instead of the one that comes with it"
     )
@@ -142,7 +142,7 @@ def _read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _prepared(model: Any, options: Namespace) -> Any:
+def prepared(model: Any, options: Namespace) -> Any:
     """The model where it is to run, frozen."""
     import torch
 

@@ -121,6 +121,19 @@ def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
     return _read_text(path)
 
 
+def read_text(path: Path) -> str:
+    """The text of a text file, whole and decompressed.
+
+    Raises:
+        ValueError: as :func:`read_documents`.
+    """
+    data = b"".join(block for block, _ in _blocks(path, lambda: "in its text"))
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8-sig")(), translate=True
+    )
+    return _decode(decoder, data, path, "its text", final=True)
+
+
 def _read_text(path: Path) -> Iterator[tuple[str, int]]:
     decoder = io.IncrementalNewlineDecoder(
         codecs.getincrementaldecoder("utf-8-sig")(), translate=True

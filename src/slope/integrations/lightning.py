@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from slope.integrations.diagnostics import MaskLog
 from slope.methods.evolving import Evolution
 from slope.schedule import SlopeSchedule
 
@@ -22,6 +23,8 @@ class SlopeCallback(pl.Callback):
         lora_lazy: as for :class:`slope.SlopeSchedule`.
         dense_start: as there.
         evolution: as there.
+        diagnostics: give ``mask/...`` to the trainer's loggers every ``log_every_n_steps``
+            optimizer steps.
     """
 
     def __init__(
@@ -31,14 +34,18 @@ class SlopeCallback(pl.Callback):
         lora_lazy: bool = True,
         dense_start: float | None = None,
         evolution: Evolution | None = None,
+        diagnostics: bool = False,
     ) -> None:
         self._settings = (lora_start, lora_lazy, dense_start, evolution)
         # Bad values are reported here, not at the first step.
         self.schedule = SlopeSchedule(1 if max_steps is None else max_steps, *self._settings)
         self._ask_trainer = max_steps is None
+        self._diagnostics = diagnostics
+        self._masks: MaskLog | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out how long the run is."""
+        self._masks = MaskLog(pl_module) if self._diagnostics else None
         if self._ask_trainer:
             steps = trainer.estimated_stepping_batches
             if steps == float("inf"):
@@ -59,3 +66,18 @@ class SlopeCallback(pl.Callback):
     ) -> None:
         """Decays and swaps, on unscaled gradients that are not clipped yet."""
         self.schedule.before_optimizer_step(pl_module, optimizer, trainer.global_step)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Measure the masks after an optimizer step that is due."""
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self._masks is not None:
+            row = self._masks.row(pl_module) if every and step % every == 0 else {}
+            for logger in trainer.loggers if row else ():
+                logger.log_metrics(row, step)
