@@ -550,7 +550,6 @@ def _finish(
     state, step = loop.state, trainer.global_step
     tokens = step * loop.tokens_per_step
     assert state.val_loss is not None
-    model_device = next(model.parameters()).device
     summary: dict[str, Any] = {
         "val_loss": state.val_loss,
         "val_perplexity": perplexity(state.val_loss),
@@ -559,7 +558,7 @@ def _finish(
         "tokens": tokens,
         "tokens_per_second": tokens / state.training_seconds if state.training_seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
-        "device": torch.cuda.get_device_name() if model_device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if hardware.accelerator == "gpu" else "cpu",
         "parameters_dense": report.parameters_dense,
         "parameters_stored": report.parameters_stored,
         "weight_bytes_sparse_layers": report.weight_bytes_sparse_layers,
