@@ -12,6 +12,7 @@ from torch import nn
 import slope
 from slope.models import (
     FAMILIES,
+    attend_causally,
     attention_names,
     block_names,
     build_model,
@@ -176,3 +177,22 @@ def test_misfit_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(cfg, vocab_size, max_length)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_attention_without_a_mask_is_the_same_causal_attention(family: str) -> None:
+    model = tiny(family).eval()
+    tokens = torch.randint(0, 50, (2, 16))
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        attend_causally(model)
+        actual = model(input_ids=tokens).logits
+    assert model.config._attn_implementation == "sdpa_without_mask"
+    torch.testing.assert_close(actual, expected)
+
+
+def test_attention_that_needs_a_mask_keeps_it() -> None:
+    models: list[Any] = [tiny("bert"), tiny("mistral", sliding_window=4), nn.Linear(4, 4)]
+    for model in models:
+        attend_causally(model)
+    assert [model.config._attn_implementation for model in models[:2]] == ["sdpa", "sdpa"]

@@ -91,16 +91,12 @@ def gather_gradient():
         same(total, wanted)
 
 
-def low_rank():
-    for tokens, d_in, d_out, rank in ((5, 64, 96, 3), (130, 192, 256, 16), (33, 70, 50, 40)):
-        x, down, up = torch.randn(tokens, d_in), torch.randn(rank, d_in), torch.randn(d_out, rank)
-        expected = 0.3 * (x @ down.t()) @ up.t()
-        actual = kernels.low_rank(x, down, up, 0.3)
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
 def decode():
-    cuts = [None, DecodeLaunch(16, 16, 64, 4, 2, 8, True), DecodeLaunch(64, 8, 64, 4, 2, 4, False)]
+    cuts = [
+        None,
+        DecodeLaunch(16, 16, 64, 4, 2, 8, 132, True),
+        DecodeLaunch(64, 8, 64, 4, 2, 4, 132, False),
+    ]
     for number, (rows, columns, rank) in enumerate([(72, 352, 0), (33, 1056, 5), (8, 32, 40)]):
         values, metadata, w_r = weights_of(rows, columns)
         down, up = (None, None) if not rank else (halves(rank, columns), halves(rows, rank))
@@ -173,7 +169,7 @@ def serve():
         ),
     )
     # As wide as a GPU: one split.
-    layer = slope.SlopeLinear(64, 64 * decoding._PROGRAMS).half().requires_grad_(False)
+    layer = slope.SlopeLinear(64, 64 * 512).half().requires_grad_(False)
     layer.add_adapter(5, scale=0.5)
     torch.nn.init.normal_(layer.adapter.up)
     weight = layer.compressed_weight()

@@ -62,14 +62,13 @@ CALLS = {
     "column mask": lambda: kernels.select_column_mask(VALUES[FP32], METADATA),
     "gather": lambda: kernels.gather_gradient(DENSE, METADATA, FP32),
     "gather, added": lambda: kernels.gather_gradient(DENSE, METADATA, FP32, VALUES[FP32]),
-    "low rank": lambda: kernels.low_rank(DENSE, DOWN, UP, 0.5),
     "select": lambda: selection.select(VALUES[FP32], 2, 4, 1),
     "select 7:32": lambda: selection.select(DENSE, 7, 32, 0),
     **{f"decode {tokens}, one split": whole(tokens) for tokens in (1, 2, 16, 32, 64)},
     **{f"decode {tokens}, adapter": decode(tokens, BF16) for tokens in (1, 2, 16, 32, 64)},
     **{f"decode {tokens}, fp32 values": decode(tokens, FP32) for tokens in (16, 64)},
 }
-LARGEST = ["low rank", "decode 16, fp32 values", "decode 64, fp32 values", "decode 64, adapter"]
+LARGEST = ["decode 16, fp32 values", "decode 64, fp32 values", "decode 64, adapter"]
 
 
 @pytest.fixture(scope="module")

@@ -70,16 +70,6 @@ def test_the_same_bias_is_set_once(products, fake):
     assert fake.names().count("MatmulDescSetAttribute") == before
 
 
-def test_product_is_added_to_what_is_there(products):
-    packed, weight = operand()
-    x, y = torch.randn(16, 128).bfloat16(), torch.randn(16, 64).bfloat16()
-    there = y.clone()
-    out = products.matmul(packed, x, None, 64, accumulate_into=y)
-    assert out is y
-    torch.testing.assert_close(y, (there.float() + expected(x, weight).float()).bfloat16(),
-                               rtol=0.02, atol=0.05)  # fmt: skip
-
-
 def test_calls_are_made_in_the_order_of_the_header(products, fake):
     packed, _ = operand()
     products.matmul(packed, torch.randn(8, 128).bfloat16(), None, 64)

@@ -22,7 +22,6 @@ KERNELS = [
     "select_column_mask",
     "expand",
     "gather_gradient",
-    "low_rank",
     "decode",
     "decode_bf16",
     "serve",
@@ -30,7 +29,7 @@ KERNELS = [
 ]
 
 
-LOOPS = {"low_rank", "decode", "decode_bf16", "serve"}
+LOOPS = {"decode", "decode_bf16", "serve"}
 
 
 def _loops_fail() -> bool:

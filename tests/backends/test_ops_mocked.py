@@ -45,7 +45,6 @@ def fake(tmp_path, monkeypatch):
     kernels = SimpleNamespace(
         pack_rows=lambda values, metadata, dtype: layout.pack(values.to(dtype), metadata),
         pack_columns=pack_columns, expand=expand, gather_gradient=gather_gradient,
-        low_rank=lambda x, down, up, scale: scale * (x @ down.t()) @ up.t(),
     )  # fmt: skip
     tuner, chosen = Tuner(ChoiceStore(tmp_path), {}, lambda paths: dict.fromkeys(paths, 1.0)), {}
     for name, value in {

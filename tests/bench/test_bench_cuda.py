@@ -27,6 +27,8 @@ COMMANDS = {
 }
 
 
+# torch's first product of a backward in a thread of its own.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_measurement_runs_on_a_gpu(name, tmp_path):
     arguments = ["bench", name, "--device", "cuda", "--quick", "--output", str(tmp_path)]

@@ -20,6 +20,19 @@ def _dot(a, b, accumulator):
 
 
 @triton.jit
+def _load_words(metadata, o, start, out_features, in_features, BLOCK_I: tl.constexpr):
+    """(O, words): 32 bits of metadata for every 32 columns."""
+    w = start // 32 + tl.arange(0, BLOCK_I // 32)
+    return tl.load(
+        metadata.to(tl.pointer_type(tl.int32))
+        + o.to(tl.int64)[:, None] * (in_features // 32)
+        + w[None, :],
+        mask=(o < out_features)[:, None] & (w < in_features // 32)[None, :],
+        other=0,
+    )
+
+
+@triton.jit
 def _load_pairs(
     values,
     metadata,
@@ -32,43 +45,99 @@ def _load_pairs(
 ):
     """First and second kept value and the nibble of each group: (O, words, 8)."""
     words: tl.constexpr = BLOCK_I // 32
-    row, inside_o = o.to(tl.int64)[:, None], (o < out_features)[:, None]
     k = start // 2 + tl.arange(0, 16 * words)
     flat = tl.load(
-        values + row * (in_features // 2) + k[None, :],
-        mask=inside_o & (k < in_features // 2)[None, :],
+        values + o.to(tl.int64)[:, None] * (in_features // 2) + k[None, :],
+        mask=(o < out_features)[:, None] & (k < in_features // 2)[None, :],
         other=0.0,
     )
-    w = start // 32 + tl.arange(0, words)
-    word = tl.load(
-        metadata.to(tl.pointer_type(tl.int32)) + row * (in_features // 32) + w[None, :],
-        mask=inside_o & (w < in_features // 32)[None, :],
-        other=0,
-    )
+    word = _load_words(metadata, o, start, out_features, in_features, BLOCK_I)
     nibble = (word[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :]) & 15
     first, second = tl.split(tl.reshape(flat, [BLOCK_O, words, 8, 2]))
     return first, second, nibble
 
 
 @triton.jit
-def _expand(first, second, nibble, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
-    """The dense (O, I) tile of pairs."""
-    dtype: tl.constexpr = first.dtype
-    if dtype.primitive_bitwidth == 16:
-        # Four columns are one 64-bit word: two shifts place both values, a third as many
-        # instructions as comparing every column with both positions.
-        low = first.to(tl.uint16, bitcast=True).to(tl.int64) << (16 * (nibble & 3))
-        four = low | (second.to(tl.uint16, bitcast=True).to(tl.int64) << (16 * (nibble >> 2)))
-        e0 = four.to(tl.int16).to(dtype, bitcast=True)
-        e1 = (four >> 16).to(tl.int16).to(dtype, bitcast=True)
-        e2 = (four >> 32).to(tl.int16).to(dtype, bitcast=True)
-        e3 = (four >> 48).to(tl.int16).to(dtype, bitcast=True)
+def _permute(a, b, selector, ASSEMBLY: tl.constexpr):
+    """Four bytes of a word, each chosen by a nibble of the selector among the eight of a and b.
+
+    The GPU has an instruction for it, Triton has not.
+    """
+    if ASSEMBLY:
+        chosen = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
     else:
-        p, q, zero = nibble & 3, nibble >> 2, tl.zeros_like(first)
-        e0 = tl.where(p == 0, first, zero)
-        e1 = tl.where(p == 1, first, tl.where(q == 1, second, zero))
-        e2 = tl.where(p == 2, first, tl.where(q == 2, second, zero))
-        e3 = tl.where(q == 3, second, zero)
+        eight = (a.to(tl.int64) & 0xFFFFFFFF) | (b.to(tl.int64) << 32)
+        chosen = ((eight >> (8 * (selector & 7))) & 255).to(tl.int32)
+        chosen |= ((eight >> (8 * ((selector >> 4) & 7))) & 255).to(tl.int32) << 8
+        chosen |= ((eight >> (8 * ((selector >> 8) & 7))) & 255).to(tl.int32) << 16
+        chosen |= ((eight >> (8 * ((selector >> 12) & 7))) & 255).to(tl.int32) << 24
+    return chosen
+
+
+@triton.jit
+def _choose_bytes(codes, UPPER: tl.constexpr, LOWER: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Of four groups, a byte each: what a table of eight says to their codes."""
+    zero = tl.zeros_like(codes)
+    return _permute(zero + LOWER, zero + UPPER, codes, ASSEMBLY)
+
+
+@triton.jit
+def _load_expanded(
+    values,
+    metadata,
+    o,
+    start,
+    out_features,
+    in_features,
+    dtype: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """The dense (O, I) tile of a step."""
+    if values.dtype.element_ty == dtype and dtype.primitive_bitwidth == 16:
+        words: tl.constexpr = BLOCK_I // 32
+        k = start // 4 + tl.arange(0, 8 * words)
+        flat = tl.load(
+            values.to(tl.pointer_type(tl.int32))
+            + o.to(tl.int64)[:, None] * (in_features // 4)
+            + k[None, :],
+            mask=(o < out_features)[:, None] & (k < in_features // 4)[None, :],
+            other=0,
+        )
+        pair = tl.reshape(flat, [BLOCK_O, words, 8])
+        word = _load_words(metadata, o, start, out_features, in_features, BLOCK_I)
+        # A code of three bits tells the six pairs of places apart: 01 6, 02 4, 03 2, 12 5, 13 3,
+        # 23 1. A table says for each column which bytes of the pair stand in it: 10, 32, or 44,
+        # which are zeros.
+        codes = (word ^ ((word >> 1) & 0x7FFFFFFF)) & 0x77777777
+        lane = tl.arange(0, 8)[None, None, :]
+        four = tl.where(lane < 4, codes[:, :, None], (codes >> 16)[:, :, None])
+        c0 = _choose_bytes(four, 0x44104410, 0x44104444, ASSEMBLY)
+        c1 = _choose_bytes(four, 0x44321044, 0x10444444, ASSEMBLY)
+        c2 = _choose_bytes(four, 0x44443232, 0x44441044, ASSEMBLY)
+        c3 = _choose_bytes(four, 0x44444444, 0x32323244, ASSEMBLY)
+        this = (lane & 3) * 0x11 + 0x40
+        zero = tl.zeros_like(pair)
+        low = _permute(pair, zero, _permute(c0, c1, this + zero, ASSEMBLY), ASSEMBLY)
+        high = _permute(pair, zero, _permute(c2, c3, this + zero, ASSEMBLY), ASSEMBLY)
+        e0 = low.to(tl.int16).to(dtype, bitcast=True)
+        e1 = (low >> 16).to(tl.int16).to(dtype, bitcast=True)
+        e2 = high.to(tl.int16).to(dtype, bitcast=True)
+        e3 = (high >> 16).to(tl.int16).to(dtype, bitcast=True)
+    else:
+        first, second, nibble = _load_pairs(
+            values, metadata, o, start, out_features, in_features, BLOCK_O, BLOCK_I
+        )
+        first, second = first.to(dtype), second.to(dtype)
+        p, q, none = nibble & 3, nibble >> 2, tl.zeros_like(first)
+        e0 = tl.where(p == 0, first, none)
+        e1 = tl.where(p == 1, first, tl.where(q == 1, second, none))
+        e2 = tl.where(p == 2, first, tl.where(q == 2, second, none))
+        e3 = tl.where(q == 3, second, none)
     # join puts its axis innermost: ((0, 2), (1, 3)) reads 0 1 2 3.
     return tl.reshape(tl.join(tl.join(e0, e2), tl.join(e1, e3)), [BLOCK_O, BLOCK_I])
 
@@ -207,6 +276,7 @@ def _many_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """More tokens: the expanded tile goes through the tensor cores."""
     tile, tiles = tl.program_id(0), tl.cdiv(out_features, BLOCK_O)
@@ -223,12 +293,10 @@ def _many_kernel(
                 mask=(t < tokens)[None, :] & (i < stop)[:, None],
                 other=0.0,
             )
-            v, u, nibble = _load_pairs(
-                values, metadata, o, start, out_features, in_features, BLOCK_O, BLOCK_I
-            )
-            w_OI = _expand(
-                v.to(x.dtype.element_ty), u.to(x.dtype.element_ty), nibble, BLOCK_O, BLOCK_I
-            )
+            w_OI = _load_expanded(
+                values, metadata, o, start, out_features, in_features,
+                x.dtype.element_ty, BLOCK_O, BLOCK_I, ASSEMBLY,
+            )  # fmt: skip
             sums_OT = _dot(w_OI, x_IT, sums_OT)
         _store(y, partial, bias, tl.trans(sums_OT), t, o, tokens, out_features, HAS_BIAS, FINAL)
     elif HAS_ADAPTER:

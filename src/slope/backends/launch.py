@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.errors import TritonError
+from triton.runtime import JITFunction
 
 
 class Launcher:
@@ -24,6 +25,11 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs it (TRITON_INTERPRET=1), which knows no assembly."""
+        return not isinstance(self._kernel, JITFunction)
 
     def __call__(
         self,

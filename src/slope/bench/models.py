@@ -127,7 +127,7 @@ def build(
         ValueError: if the sequences are longer than the model allows.
     """
     from slope import configs
-    from slope.models import build_model
+    from slope.models import attend_causally, build_model
 
     cfg = configs.compose(overrides(case.model, case.layers)).model
     torch.manual_seed(0)
@@ -137,20 +137,7 @@ def build(
     if sparsity is not None:
         slope.sparsify(model, sparsity)
         slope.activate_adapters(model)
-    return _with_causal_kernel(model)
-
-
-def _with_causal_kernel(model: nn.Module) -> nn.Module:
-    """SDPA without a mask: under torch.compile transformers makes one, which costs the fast kernel.
-
-    No sequence here is padded, so the kernel's own causal mask is all there is to mask.
-    """
-    from transformers import AttentionInterface, PreTrainedModel
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    assert isinstance(model, PreTrainedModel)
-    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
-    model.set_attn_implementation("sdpa_without_mask")
+    attend_causally(model)
     return model
 
 

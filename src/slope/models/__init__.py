@@ -7,7 +7,7 @@ transformers is imported when a model is built.
 
 from __future__ import annotations
 
-from slope.models.build import FAMILIES, build_model
+from slope.models.build import FAMILIES, attend_causally, build_model
 from slope.models.structure import (
     ModelStructure,
     attention_names,
@@ -19,6 +19,7 @@ from slope.models.structure import (
 __all__ = [
     "FAMILIES",
     "ModelStructure",
+    "attend_causally",
     "attention_names",
     "block_names",
     "build_model",

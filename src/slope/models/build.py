@@ -19,6 +19,7 @@ FAMILIES = {
     "bert": "AutoModelForPreTraining",
 }
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+_CAUSAL_SDPA = "sdpa_without_mask"
 # Tensor cores want the vocabulary's side of the head divisible by 8.
 _VOCAB_MULTIPLE = 8
 
@@ -91,6 +92,25 @@ def build_model(
         # transformers guesses the loss from the class's name and warns about GPT2LMHeadModel.
         model.loss_type = "ForCausalLM"
     return model.train()
+
+
+def attend_causally(model: nn.Module) -> None:
+    """Let SDPA mask by its own causal flag: for sequences without padding and without a cache.
+
+    Under torch.compile transformers makes a mask for every causal model, and with a mask SDPA has
+    to use a slower kernel. A model with another attention, with a sliding window, or one that is
+    not causal stays as it is.
+    """
+    from transformers import AttentionInterface, PreTrainedModel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if not isinstance(model, PreTrainedModel) or model.config.model_type == "bert":
+        return
+    config = model.config
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if config._attn_implementation == "sdpa" and not window:
+        AttentionInterface.register(_CAUSAL_SDPA, sdpa_attention_forward)
+        model.set_attn_implementation(_CAUSAL_SDPA)
 
 
 def _plain(values: Any) -> dict[str, Any]:

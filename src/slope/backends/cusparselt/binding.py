@@ -213,7 +213,7 @@ class Plan:
         self._run = self._library.matmul
         self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
         self._alpha = ctypes.addressof(self._one)
-        self._betas = (ctypes.addressof(self._zero), ctypes.addressof(self._one))
+        self._beta = ctypes.addressof(self._zero)
         self._stream = (ctypes.c_void_p * 1)()
         self._streams = ctypes.addressof(self._stream)
         self._read_workspace()
@@ -242,9 +242,8 @@ class Plan:
         stream: int,
         workspace: int = 0,
         bias: int = 0,
-        accumulate: bool = False,
     ) -> None:
-        """One product, asynchronous on ``stream``; all arguments but the last are addresses.
+        """One product, asynchronous on ``stream``; all arguments are addresses.
 
         Raises:
             CusparseltError: if the library reports an error.
@@ -253,7 +252,7 @@ class Plan:
             self._set_bias(bias)
         self._stream[0] = stream
         status = self._run(
-            self._handle.address, self._plan, self._alpha, a, x, self._betas[accumulate], d, d,
+            self._handle.address, self._plan, self._alpha, a, x, self._beta, d, d,
             workspace, self._streams, 1,
         )  # fmt: skip
         if status != STATUS_SUCCESS:
@@ -270,7 +269,7 @@ class Plan:
         self._stream[0] = stream
         self._library.call(
             "cusparseLtMatmulSearch", self._handle.address, self._plan, self._alpha, a, x,
-            self._betas[0], d, d, workspace, self._streams, 1,
+            self._beta, d, d, workspace, self._streams, 1,
         )  # fmt: skip
         self._read_workspace()
         return self._attribute(ALG_CONFIG_ID)

@@ -70,17 +70,6 @@ def pack_rows(values: Tensor, metadata: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _load_row(values, metadata, row, column_group, width, kept):
-    """Of one row: the two kept values of each group of four columns, and their positions."""
-    pair = tl.arange(0, 2)[None, None, :]
-    at = row[:, None, None] * kept + 2 * column_group[None, :, None] + pair
-    first, second = tl.split(tl.load(values + at))
-    byte = tl.load(metadata + row[:, None] * width + column_group[None, :] // 2).to(tl.int32)
-    nibble = (byte >> (column_group % 2 * 4)[None, :]) & 15
-    return first, second, nibble & 3, nibble >> 2
-
-
-@triton.jit
 def _entry(first, second, p, q, column: tl.constexpr):
     """The value at one column of each group, and whether it is kept."""
     is_first, is_second = p == column, q == column
@@ -149,276 +138,103 @@ def expand(
 
 
 @triton.jit
-def _low_rank_kernel(
-    x,
-    down,
-    up,
-    y,
-    scale,
-    tokens,
-    in_features,
-    out_features,
-    rank,
-    BLOCK_T: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """One program: BLOCK_T tokens, all of the rank, all outputs."""
-    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    r = tl.arange(0, BLOCK_R)
-    low = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-    for start in range(0, in_features, BLOCK_I):
-        i = start + tl.arange(0, BLOCK_I)
-        x_TI = tl.load(
-            x + t[:, None] * in_features + i[None, :],
-            mask=(t[:, None] < tokens) & (i[None, :] < in_features),
-            other=0.0,
-        )
-        down_IR = tl.load(
-            down + r[None, :] * in_features + i[:, None],
-            mask=(r[None, :] < rank) & (i[:, None] < in_features),
-            other=0.0,
-        )
-        low = tl.dot(x_TI, down_IR, low)
-    low_TR = low.to(y.dtype.element_ty)
-    for start in range(0, out_features, BLOCK_O):
-        o = start + tl.arange(0, BLOCK_O)
-        up_RO = tl.load(
-            up + o[None, :] * rank + r[:, None],
-            mask=(r[:, None] < rank) & (o[None, :] < out_features),
-            other=0.0,
-        )
-        y_TO = tl.dot(low_TR, up_RO) * scale
-        tl.store(
-            y + t[:, None] * out_features + o[None, :],
-            y_TO.to(y.dtype.element_ty),
-            mask=(t[:, None] < tokens) & (o[None, :] < out_features),
-        )
+def _load_pairs(values, row, chunk, inside, kept):
+    """Of each row, the two kept values of four groups of columns: a word of both for each group.
 
-
-_low_rank = Launcher(_low_rank_kernel)
-
-
-def low_rank(x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """The adapter's term ``scale * (X downᵀ) upᵀ`` in one launch, to be the C of beta * C.
-
-    Args:
-        x: (T, I), contiguous, bf16 or fp16.
-        down: (R, I), contiguous, same dtype, R up to 256.
-        up: (O, R), contiguous, same dtype.
-        scale: factor.
-
-    Returns:
-        (T, O), dtype of ``x``; X downᵀ is rounded to it as two products would. Moves X and the
-        result once, and down and up once per program, from the L2.
+    What one thread needs lies together, so that it is one load, or two of fp32.
     """
-    tokens, in_features = x.shape
-    out_features, rank = up.shape
-    y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
-    # 132 programs fill an H100; fewer tokens each where there are not enough.
-    block_t = 64 if tokens >= 64 * 132 else 32 if tokens >= 32 * 132 else 16
-    block_r = max(16, triton.next_power_of_2(rank))
-    block = 64 if block_r <= 64 else 32
-    numbers = (scale, tokens, in_features, out_features, rank)
-    constants = (block_t, 2 * block, 2 * block, block_r)
-    _low_rank((-(-tokens // block_t), 1, 1), (x, down, up, y), numbers, constants)
-    return y
+    if values.dtype.element_ty.primitive_bitwidth == 32:
+        words = values.to(tl.pointer_type(tl.int64))
+        at = (row[:, None] * (kept // 2) + 4 * chunk[None, :])[:, :, None]
+        two = at + tl.arange(0, 2)[None, None, :]
+        mask = inside[None, :, None]
+        w0, w1 = tl.split(tl.load(words + two, mask=mask, other=0))
+        w2, w3 = tl.split(tl.load(words + two + 2, mask=mask, other=0))
+    else:
+        words = values.to(tl.pointer_type(tl.int32))
+        at = (row[:, None] * (kept // 2) + 4 * chunk[None, :])[:, :, None]
+        four = tl.load(words + at + tl.arange(0, 4)[None, None, :], inside[None, :, None], other=0)
+        even, odd = tl.split(tl.reshape(four, [four.shape[0], four.shape[1], 2, 2]))
+        w0, w2 = tl.split(even)
+        w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
 
 
 @triton.jit
-def _compress_column(v0, v1, v2, v3, a0, a1, a2, a3):
-    """Two slots of a group of four rows with at most two survivors, as one word; their positions.
+def _load_nibbles(metadata, row, chunk, inside, chunks):
+    """The positions of those four pairs: two bits for the first, two for the second of each."""
+    at = metadata.to(tl.pointer_type(tl.uint16)) + row[:, None] * chunks + chunk[None, :]
+    return tl.load(at, mask=inside[None, :], other=0).to(tl.int32)
 
-    The library's own rule for empty slots: (2, 3), and a lone survivor of the last row comes
-    second, since positions ascend.
+
+# Positions ascend, so single bits tell them apart: the first is 1 if its low bit is set and 2 if
+# its high bit is; the second is 1 if its high bit is clear and 2 if its low bit is.
+
+
+@triton.jit
+def _magnitudes(pair, nibbles, GROUP: tl.constexpr):
+    """Of one group in one row: magnitudes by column, as whole numbers; -1 where pruned."""
+    if pair.dtype.primitive_bitwidth == 64:
+        first, second = pair.to(tl.int32) & 0x7FFFFFFF, (pair >> 32).to(tl.int32) & 0x7FFFFFFF
+    else:
+        first, second = pair & 0x7FFF, (pair >> 16) & 0x7FFF
+    m0 = tl.where((nibbles & (3 << 4 * GROUP)) == 0, first, -1)
+    m1 = tl.where((nibbles & (8 << 4 * GROUP)) == 0, second, -1)
+    m1 = tl.where((nibbles & (1 << 4 * GROUP)) != 0, first, m1)
+    m2 = tl.where((nibbles & (4 << 4 * GROUP)) == 0, second, -1)
+    m2 = tl.where((nibbles & (2 << 4 * GROUP)) != 0, first, m2)
+    m3 = tl.where((nibbles & (12 << 4 * GROUP)) == (12 << 4 * GROUP), second, -1)
+    return m0, m1, m2, m3
+
+
+@triton.jit
+def _majority(a, b, c):
+    return (a & b) | (c & (a | b))
+
+
+@triton.jit
+def _losers(m0, m1, m2, m3):
+    """Of four magnitudes in a column: a sign bit for each that two others outrank.
+
+    Of equals the upper row wins. A difference is negative where the lower row outranks the upper.
     """
-    first_place = tl.where(a0, 0, tl.where(a1, 1, 2))
-    first = tl.where(a0, v0, tl.where(a1, v1, tl.where(a2, v2, 0)))
-    middle = a2 & (a0 | a1)
-    second_place = tl.where(a3, 3, tl.where(middle, 2, tl.where(a0 & a1, 1, 3)))
-    second = tl.where(a3, v3, tl.where(middle, v2, tl.where(a0 & a1, v1, 0)))
-    return first | (second << 16), first_place | (second_place << 2)
-
-
-@triton.jit
-def _load_survivors(
-    values, metadata, column_mask, row, column_group, width, kept, mask_width, dtype: tl.constexpr
-):
-    """:func:`_load_row` as bits of ``dtype``; who does not survive has a position of no column."""
-    first, second, p, q = _load_row(values, metadata, row, column_group, width, kept)
-    at = row[:, None] * mask_width + column_group[None, :] // 4
-    bits = tl.load(column_mask + at).to(tl.int32) >> (column_group % 4 * 2)[None, :]
-    p, q = tl.where((bits & 1) != 0, p, 4), tl.where((bits & 2) != 0, q, 4)
-    first = first.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    second = second.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return first, second, p, q
-
-
-@triton.jit
-def _transpose_columns(
-    values,
-    metadata,
-    column_mask,
-    target,
-    row_group,
-    column_group,
-    out_features,
-    in_features,
-):
-    """Write the slots of four columns per group; return their positions, a byte per column."""
-    width, kept, mask_width = in_features // 8, in_features // 2, in_features // 16
-    dtype: tl.constexpr = target.dtype.element_ty
-    row = 4 * row_group
-    f0, s0, p0, q0 = _load_survivors(
-        values, metadata, column_mask, row, column_group, width, kept, mask_width, dtype
+    d01, d02, d03, d12, d13, d23 = m0 - m1, m0 - m2, m0 - m3, m1 - m2, m1 - m3, m2 - m3
+    return (
+        _majority(d01, d02, d03),
+        _majority(~d01, d12, d13),
+        _majority(~d02, ~d12, d23),
+        _majority(~d03, ~d13, ~d23),
     )
-    f1, s1, p1, q1 = _load_survivors(
-        values, metadata, column_mask, row + 1, column_group, width, kept, mask_width, dtype
-    )
-    f2, s2, p2, q2 = _load_survivors(
-        values, metadata, column_mask, row + 2, column_group, width, kept, mask_width, dtype
-    )
-    f3, s3, p3, q3 = _load_survivors(
-        values, metadata, column_mask, row + 3, column_group, width, kept, mask_width, dtype
-    )
-    words = target.to(tl.pointer_type(tl.int32))
-    places = tl.zeros_like(p0)
-    for column in tl.static_range(4):
-        v0, a0 = _entry(f0, s0, p0, q0, column)
-        v1, a1 = _entry(f1, s1, p1, q1, column)
-        v2, a2 = _entry(f2, s2, p2, q2, column)
-        v3, a3 = _entry(f3, s3, p3, q3, column)
-        word, nibble = _compress_column(v0, v1, v2, v3, a0, a1, a2, a3)
-        target_row = (4 * column_group + column)[:, None] * (out_features // 4)
-        tl.store(words + target_row + row_group[None, :], tl.trans(word))
-        places |= nibble << (8 * column)
-    return places
 
 
 @triton.jit
-def _pack_columns_kernel(
-    values,
-    metadata,
-    column_mask,
-    target,
-    out_features,
-    in_features,
-    ROW_GROUPS: tl.constexpr,
-):
-    """One program: 64 columns of W^R by ROW_GROUPS groups of four rows, transposed, compressed."""
-    row_group = tl.program_id(1) * ROW_GROUPS + tl.arange(0, ROW_GROUPS)
-    # Rows of the transposed operand that are 8 apart share a byte of its metadata: the column
-    # groups whose bit 1 is clear, and their partners.
-    eighth = tl.arange(0, 8)
-    column_group = tl.program_id(0) * 16 + ((eighth & 1) | ((eighth & 6) << 1))
-    low = _transpose_columns(
-        values, metadata, column_mask, target, row_group, column_group, out_features, in_features
+def _surviving_bits(l0, l1, l2, l3, nibbles, GROUP: tl.constexpr):
+    """Of one group in one row: two bits of its byte, set where a kept value is no loser."""
+    low = tl.where((nibbles & (1 << 4 * GROUP)) != 0, l1, l2)
+    low = tl.where((nibbles & (3 << 4 * GROUP)) == 0, l0, low)
+    high = tl.where((nibbles & (4 << 4 * GROUP)) == 0, l2, l1)
+    high = tl.where((nibbles & (12 << 4 * GROUP)) == (12 << 4 * GROUP), l3, high)
+    low, high = ~low >> (31 - 2 * GROUP), ~high >> (30 - 2 * GROUP)
+    return (low & (1 << 2 * GROUP)) | (high & (2 << 2 * GROUP))
+
+
+@triton.jit
+def _group_bits(w0, w1, w2, w3, n0, n1, n2, n3, GROUP: tl.constexpr):
+    """Of a group of four rows and columns: the two bits of each row's byte."""
+    a0, a1, a2, a3 = _magnitudes(w0, n0, GROUP)
+    b0, b1, b2, b3 = _magnitudes(w1, n1, GROUP)
+    c0, c1, c2, c3 = _magnitudes(w2, n2, GROUP)
+    d0, d1, d2, d3 = _magnitudes(w3, n3, GROUP)
+    a0, b0, c0, d0 = _losers(a0, b0, c0, d0)
+    a1, b1, c1, d1 = _losers(a1, b1, c1, d1)
+    a2, b2, c2, d2 = _losers(a2, b2, c2, d2)
+    a3, b3, c3, d3 = _losers(a3, b3, c3, d3)
+    return (
+        _surviving_bits(a0, a1, a2, a3, n0, GROUP),
+        _surviving_bits(b0, b1, b2, b3, n1, GROUP),
+        _surviving_bits(c0, c1, c2, c3, n2, GROUP),
+        _surviving_bits(d0, d1, d2, d3, n3, GROUP),
     )
-    high = _transpose_columns(
-        values,
-        metadata,
-        column_mask,
-        target,
-        row_group,
-        column_group + 2,
-        out_features,
-        in_features,
-    )
-    both = low | (high << 4)
-
-    tail = (target + out_features // 2 * in_features).to(tl.pointer_type(tl.uint8))
-    g = row_group[:, None]
-    place = ((g >> 2) & 1) | ((g & 1) << 1) | (((g >> 1) & 1) << 2) | (((g >> 3) & 1) << 8)
-    place += ((eighth & 1) << 5)[None, :] | ((eighth >> 1) << 6)[None, :]
-    tile = (tl.program_id(0) * (out_features // 64) + g // 16) * 512
-    for column in tl.static_range(4):
-        byte = ((both >> (8 * column)) & 255).to(tl.uint8)
-        tl.store(tail + tile + place + (column << 3), byte)
-
-
-_pack_columns = Launcher(_pack_columns_kernel)
-
-
-def pack_columns(
-    values: Tensor, metadata: Tensor, column_mask: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The library's operand of the transposed W^{R,C}, 2:4 along O, in one launch.
-
-    Args:
-        values: (O, I/2), contiguous, any float dtype; cast.
-        metadata: (O, I/8) uint8; O and I divisible by 64.
-        column_mask: (O, I/16) uint8, at most two survivors of every four rows.
-        dtype: of the operand, bf16 or fp16.
-
-    Returns:
-        (9/16 * O * I,), an (I, O) operand. Moves the values, both masks and the operand once.
-    """
-    out_features, in_features = values.shape[0], 2 * values.shape[1]
-    packed = torch.empty(packed_numel(in_features, out_features), dtype=dtype, device=values.device)
-    row_groups = 8  # and two warps: 2.2 TB/s on an H200 at 4096 x 4096, where 64 groups reach 0.9
-    grid = (in_features // 64, out_features // (4 * row_groups), 1)
-    tensors = (values, metadata, column_mask, packed)
-    _pack_columns(grid, tensors, (out_features, in_features), (row_groups,), num_warps=2)
-    return packed
-
-
-@triton.jit
-def _survives(s0, s1, s2, s3):
-    """Which of four scores are among the two highest; of equals the upper row wins."""
-    g01, g02, g03 = s1 > s0, s2 > s0, s3 > s0
-    g12, g13, g23 = s2 > s1, s3 > s1, s3 > s2
-    r0 = g01.to(tl.int32) + g02.to(tl.int32) + g03.to(tl.int32)
-    r1 = 1 - g01.to(tl.int32) + g12.to(tl.int32) + g13.to(tl.int32)
-    r2 = 2 - g02.to(tl.int32) - g12.to(tl.int32) + g23.to(tl.int32)
-    r3 = 3 - g03.to(tl.int32) - g13.to(tl.int32) - g23.to(tl.int32)
-    return r0 < 2, r1 < 2, r2 < 2, r3 < 2
-
-
-@triton.jit
-def _score(first, second, p, q, column: tl.constexpr):
-    return tl.where(p == column, tl.abs(first), tl.where(q == column, tl.abs(second), -1.0))
-
-
-@triton.jit
-def _group_bits(f0, s0, f1, s1, f2, s2, f3, s3, n0, n1, n2, n3):
-    """Of a group of four rows and columns: two bits per row, a byte per row, in one word."""
-    p0, q0, p1, q1 = n0 & 3, n0 >> 2, n1 & 3, n1 >> 2
-    p2, q2, p3, q3 = n2 & 3, n2 >> 2, n3 & 3, n3 >> 2
-    bits = tl.zeros_like(n0)
-    for column in tl.static_range(4):
-        k0, k1, k2, k3 = _survives(
-            _score(f0, s0, p0, q0, column),
-            _score(f1, s1, p1, q1, column),
-            _score(f2, s2, p2, q2, column),
-            _score(f3, s3, p3, q3, column),
-        )
-        bits |= tl.where(k0 & (p0 == column), 1, 0) | tl.where(k0 & (q0 == column), 2, 0)
-        bits |= tl.where(k1 & (p1 == column), 1 << 8, 0) | tl.where(k1 & (q1 == column), 2 << 8, 0)
-        bits |= tl.where(k2 & (p2 == column), 1 << 16, 0)
-        bits |= tl.where(k2 & (q2 == column), 2 << 16, 0)
-        bits |= tl.where(k3 & (p3 == column), 1 << 24, 0)
-        bits |= tl.where(k3 & (q3 == column), 2 << 24, 0)
-    return bits
-
-
-@triton.jit
-def _load_eight(values, metadata, row, byte, inside, kept, mask_width):
-    """The eight values of four column groups, and their four nibbles in 16 bits."""
-    lane = tl.arange(0, 8)[None, None, :]
-    at = row[:, None, None] * kept + 8 * byte[None, :, None] + lane
-    eight = tl.load(values + at, mask=inside[None, :, None], other=0.0)
-    pairs = tl.reshape(eight, [eight.shape[0], eight.shape[1], 2, 2, 2])
-    even, odd = tl.split(pairs)
-    f02, f13 = tl.split(even)
-    s02, s13 = tl.split(odd)
-    f0, f2 = tl.split(f02)
-    f1, f3 = tl.split(f13)
-    s0, s2 = tl.split(s02)
-    s1, s3 = tl.split(s13)
-    pointer = metadata.to(tl.pointer_type(tl.uint16)) + row[:, None] * mask_width + byte[None, :]
-    nibbles = tl.load(pointer, mask=inside[None, :], other=0).to(tl.int32)
-    return f0, s0, f1, s1, f2, s2, f3, s3, nibbles
 
 
 @triton.jit
@@ -428,38 +244,30 @@ def _column_mask_kernel(
     column_mask,
     in_features,
     ROW_GROUPS: tl.constexpr,
-    BYTES: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """One program: 16 x BYTES columns by ROW_GROUPS groups of four rows."""
-    kept, width = in_features // 2, in_features // 16
-    byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
-    inside = byte < width
+    """One program: CHUNKS x 16 columns by ROW_GROUPS groups of four rows."""
+    kept, chunks = in_features // 2, in_features // 16
+    chunk = tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS)
+    inside = chunk < chunks
     row = 4 * (tl.program_id(1) * ROW_GROUPS + tl.arange(0, ROW_GROUPS))
-    a0, b0, a1, b1, a2, b2, a3, b3, n0 = _load_eight(
-        values, metadata, row, byte, inside, kept, width
-    )
-    c0, d0, c1, d1, c2, d2, c3, d3, n1 = _load_eight(
-        values, metadata, row + 1, byte, inside, kept, width
-    )
-    e0, g0, e1, g1, e2, g2, e3, g3, n2 = _load_eight(
-        values, metadata, row + 2, byte, inside, kept, width
-    )
-    h0, i0, h1, i1, h2, i2, h3, i3, n3 = _load_eight(
-        values, metadata, row + 3, byte, inside, kept, width
-    )
-    bits = _group_bits(a0, b0, c0, d0, e0, g0, h0, i0, n0 & 15, n1 & 15, n2 & 15, n3 & 15)
-    bits |= _group_bits(
-        a1, b1, c1, d1, e1, g1, h1, i1,
-        (n0 >> 4) & 15, (n1 >> 4) & 15, (n2 >> 4) & 15, (n3 >> 4) & 15,
-    ) << 2  # fmt: skip
-    bits |= _group_bits(
-        a2, b2, c2, d2, e2, g2, h2, i2,
-        (n0 >> 8) & 15, (n1 >> 8) & 15, (n2 >> 8) & 15, (n3 >> 8) & 15,
-    ) << 4  # fmt: skip
-    bits |= _group_bits(a3, b3, c3, d3, e3, g3, h3, i3, n0 >> 12, n1 >> 12, n2 >> 12, n3 >> 12) << 6
-    at = column_mask + row[:, None] * width + byte[None, :]
-    for k in tl.static_range(4):
-        tl.store(at + k * width, ((bits >> (8 * k)) & 255).to(tl.uint8), mask=inside[None, :])
+    a0, a1, a2, a3 = _load_pairs(values, row, chunk, inside, kept)
+    b0, b1, b2, b3 = _load_pairs(values, row + 1, chunk, inside, kept)
+    c0, c1, c2, c3 = _load_pairs(values, row + 2, chunk, inside, kept)
+    d0, d1, d2, d3 = _load_pairs(values, row + 3, chunk, inside, kept)
+    n0 = _load_nibbles(metadata, row, chunk, inside, chunks)
+    n1 = _load_nibbles(metadata, row + 1, chunk, inside, chunks)
+    n2 = _load_nibbles(metadata, row + 2, chunk, inside, chunks)
+    n3 = _load_nibbles(metadata, row + 3, chunk, inside, chunks)
+    p0, p1, p2, p3 = _group_bits(a0, b0, c0, d0, n0, n1, n2, n3, 0)
+    q0, q1, q2, q3 = _group_bits(a1, b1, c1, d1, n0, n1, n2, n3, 1)
+    r0, r1, r2, r3 = _group_bits(a2, b2, c2, d2, n0, n1, n2, n3, 2)
+    s0, s1, s2, s3 = _group_bits(a3, b3, c3, d3, n0, n1, n2, n3, 3)
+    at, mask = column_mask + row[:, None] * chunks + chunk[None, :], inside[None, :]
+    tl.store(at, (p0 | q0 | r0 | s0).to(tl.uint8), mask=mask)
+    tl.store(at + chunks, (p1 | q1 | r1 | s1).to(tl.uint8), mask=mask)
+    tl.store(at + 2 * chunks, (p2 | q2 | r2 | s2).to(tl.uint8), mask=mask)
+    tl.store(at + 3 * chunks, (p3 | q3 | r3 | s3).to(tl.uint8), mask=mask)
 
 
 _column_mask = Launcher(_column_mask_kernel)
@@ -469,7 +277,8 @@ def select_column_mask(values: Tensor, metadata: Tensor, out: Tensor | None = No
     """The column mask by magnitude, bit for bit that of :func:`slope.masks.survivors`.
 
     Args:
-        values: (O, I/2), contiguous, ranked in their own dtype; O divisible by 4, I by 16.
+        values: (O, I/2), contiguous, fp32, bf16 or fp16, ranked in their own dtype; O divisible by
+            4, I by 16.
         metadata: (O, I/8) uint8.
         out: (O, I/16) uint8 to write to, or None.
 
@@ -482,10 +291,196 @@ def select_column_mask(values: Tensor, metadata: Tensor, out: Tensor | None = No
     if column_mask is None:
         size = (rows, in_features // 16)
         column_mask = torch.empty(size, dtype=torch.uint8, device=values.device)
-    row_groups = next(g for g in (4, 2, 1) if rows // 4 % g == 0)
-    grid = (-(-in_features // 512), rows // (4 * row_groups), 1)
-    _column_mask(grid, (values, metadata, column_mask), (in_features,), (row_groups, 32))
+    row_groups = 1 if rows // 4 % 2 else 2
+    chunks, num_warps = (32, 2) if values.itemsize == 4 else (16, 1)
+    grid = (-(-in_features // (16 * chunks)), rows // (4 * row_groups), 1)
+    tensors = (_aligned(values), metadata, column_mask)
+    _column_mask(grid, tensors, (in_features,), (row_groups, chunks), num_warps)
     return column_mask
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """Values that can be loaded 16 bytes at a time; a copy of the rare ones that cannot."""
+    return values.clone() if values.data_ptr() % 16 else values
+
+
+@triton.jit
+def _survivors_by_column(nibbles, bits):
+    """Of one row: words whose bit 4g says whether group g has a survivor in column 0, 1, 2, 3."""
+    spread = (bits | (bits << 4)) & 0x0F0F
+    spread = (spread | (spread << 2)) & 0x3333
+    first, second = spread & 0x1111, (spread >> 1) & 0x1111
+    p1, p2, q_low, q_high = nibbles, nibbles >> 1, nibbles >> 2, nibbles >> 3
+    return (
+        first & ~(p1 | p2),
+        (first & p1) | (second & ~q_high),
+        (first & p2) | (second & ~q_low),
+        second & q_low & q_high,
+    )
+
+
+@triton.jit
+def _pair_bits(pair, kind: tl.constexpr, dtype: tl.constexpr):
+    """Both values of a word in the operand's dtype, each in the lower half of a word of its own."""
+    if pair.dtype.primitive_bitwidth == 32 and kind == dtype:
+        first, second = pair, pair >> 16
+    else:
+        if pair.dtype.primitive_bitwidth == 64:
+            first, second = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+        else:
+            first, second = pair.to(tl.int16), (pair >> 16).to(tl.int16)
+        first = first.to(kind, bitcast=True).to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+        second = second.to(kind, bitcast=True).to(dtype).to(tl.int16, bitcast=True).to(tl.int32)
+    return first, second
+
+
+@triton.jit
+def _in_column(first, second, nibbles, GROUP: tl.constexpr, COLUMN: tl.constexpr):
+    """Of one group in one row: the value that is kept in a column, if one is."""
+    if COLUMN == 0:
+        value = first
+    elif COLUMN == 3:
+        value = second
+    else:
+        value = tl.where((nibbles & (COLUMN << 4 * GROUP)) != 0, first, second)
+    return value
+
+
+@triton.jit
+def _store_column(target, v0, v1, v2, v3, a, b, c, d, ab, both, GROUP: tl.constexpr):
+    """The two slots of a group of four rows with at most two survivors, a word."""
+    bit: tl.constexpr = 1 << 4 * GROUP
+    first = tl.where((c & bit) != 0, v2, 0)
+    first = tl.where((b & bit) != 0, v1, first)
+    first = tl.where((a & bit) != 0, v0, first)
+    second = tl.where((ab & bit) != 0, v1, 0)
+    second = tl.where((both & bit) != 0, v2, second)
+    second = tl.where((d & bit) != 0, v3, second)
+    tl.store(target, (first & 0xFFFF) | (second << 16))
+
+
+@triton.jit
+def _store_group(
+    words, stride, w0, w1, w2, w3, n0, n1, n2, n3,
+    planes, kind: tl.constexpr, dtype: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The slots of the four columns of one group, transposed."""
+    f0, s0 = _pair_bits(w0, kind, dtype)
+    f1, s1 = _pair_bits(w1, kind, dtype)
+    f2, s2 = _pair_bits(w2, kind, dtype)
+    f3, s3 = _pair_bits(w3, kind, dtype)
+    for COLUMN in tl.static_range(4):
+        a, b, c, d, ab, both = planes[COLUMN]
+        _store_column(
+            words + (4 * GROUP + COLUMN) * stride,
+            _in_column(f0, s0, n0, GROUP, COLUMN),
+            _in_column(f1, s1, n1, GROUP, COLUMN),
+            _in_column(f2, s2, n2, GROUP, COLUMN),
+            _in_column(f3, s3, n3, GROUP, COLUMN),
+            a, b, c, d, ab, both, GROUP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _places(a, b, ab, both):
+    """The positions of both slots of one column, a nibble per group.
+
+    The library's own rule for empty slots: (2, 3), and a lone survivor of the last row comes
+    second, since positions ascend.
+    """
+    first = (b & ~a) | ((~(a | b) & 0x1111) << 1)
+    second = (~both & 0x1111) | ((~ab & 0x1111) << 1)
+    return first | (second << 2)
+
+
+@triton.jit
+def _pack_columns_kernel(
+    values,
+    metadata,
+    column_mask,
+    target,
+    out_features,
+    in_features,
+    ROW_GROUPS: tl.constexpr,
+):
+    """One program: 64 columns of W^R by ROW_GROUPS groups of four rows, transposed, compressed.
+
+    A thread has four rows by 16 columns and needs nothing of the others.
+    """
+    kept, chunks = in_features // 2, in_features // 16
+    kind: tl.constexpr = values.dtype.element_ty
+    dtype: tl.constexpr = target.dtype.element_ty
+    group = tl.program_id(1) * ROW_GROUPS + tl.arange(0, ROW_GROUPS)
+    quarter = tl.arange(0, 4)
+    chunk, row = tl.program_id(0) * 4 + quarter, 4 * group
+    inside = chunk < chunks
+    a0, a1, a2, a3 = _load_pairs(values, row, chunk, inside, kept)
+    b0, b1, b2, b3 = _load_pairs(values, row + 1, chunk, inside, kept)
+    c0, c1, c2, c3 = _load_pairs(values, row + 2, chunk, inside, kept)
+    d0, d1, d2, d3 = _load_pairs(values, row + 3, chunk, inside, kept)
+    n0 = _load_nibbles(metadata, row, chunk, inside, chunks)
+    n1 = _load_nibbles(metadata, row + 1, chunk, inside, chunks)
+    n2 = _load_nibbles(metadata, row + 2, chunk, inside, chunks)
+    n3 = _load_nibbles(metadata, row + 3, chunk, inside, chunks)
+    at = column_mask + row[:, None] * chunks + chunk[None, :]
+    p0, p1, p2, p3 = _survivors_by_column(n0, tl.load(at).to(tl.int32))
+    q0, q1, q2, q3 = _survivors_by_column(n1, tl.load(at + chunks).to(tl.int32))
+    r0, r1, r2, r3 = _survivors_by_column(n2, tl.load(at + 2 * chunks).to(tl.int32))
+    s0, s1, s2, s3 = _survivors_by_column(n3, tl.load(at + 3 * chunks).to(tl.int32))
+    # Columns of a survivor each in rows 0 to 3; in rows 0 and 1; in row 2 and one above it.
+    planes = (
+        (p0, q0, r0, s0, p0 & q0, r0 & (p0 | q0)),
+        (p1, q1, r1, s1, p1 & q1, r1 & (p1 | q1)),
+        (p2, q2, r2, s2, p2 & q2, r2 & (p2 | q2)),
+        (p3, q3, r3, s3, p3 & q3, r3 & (p3 | q3)),
+    )
+    stride = out_features // 4
+    # Words of neighbouring threads lie together, and are stored by the threads that made them.
+    across = group[:, None] + (16 * chunk)[None, :] * stride
+    words = target.to(tl.pointer_type(tl.int32)) + tl.max_contiguous(across, [1, 1])
+    _store_group(words, stride, a0, b0, c0, d0, n0, n1, n2, n3, planes, kind, dtype, 0)
+    _store_group(words, stride, a1, b1, c1, d1, n0, n1, n2, n3, planes, kind, dtype, 1)
+    _store_group(words, stride, a2, b2, c2, d2, n0, n1, n2, n3, planes, kind, dtype, 2)
+    _store_group(words, stride, a3, b3, c3, d3, n0, n1, n2, n3, planes, kind, dtype, 3)
+
+    # Rows of the transposed operand that are 8 apart share a byte: groups 0 and 2, 1 and 3.
+    tail = (target + out_features // 2 * in_features).to(tl.pointer_type(tl.uint8))
+    tile = (tl.program_id(0) * (out_features // 64) + group // 16) * 512
+    place = ((group >> 2) & 1) | ((group & 1) << 1) | (((group >> 1) & 1) << 2)
+    place += ((group >> 3) & 1) << 8
+    tail += (tile + place)[:, None] + (quarter << 6)[None, :]
+    for COLUMN in tl.static_range(4):
+        a, b, c, d, ab, both = planes[COLUMN]
+        nibbles = _places(a, b, ab, both)
+        even, odd = (nibbles & 15) | ((nibbles >> 4) & 240), (nibbles >> 4) & 15
+        tl.store(tail + (COLUMN << 3), even.to(tl.uint8))
+        tl.store(tail + (COLUMN << 3) + 32, (odd | ((nibbles >> 8) & 240)).to(tl.uint8))
+
+
+_pack_columns = Launcher(_pack_columns_kernel)
+
+
+def pack_columns(
+    values: Tensor, metadata: Tensor, column_mask: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The library's operand of the transposed W^{R,C}, 2:4 along O, in one launch.
+
+    Args:
+        values: (O, I/2), contiguous, fp32, bf16 or fp16; cast.
+        metadata: (O, I/8) uint8; O and I divisible by 64.
+        column_mask: (O, I/16) uint8, at most two survivors of every four rows.
+        dtype: of the operand, bf16 or fp16.
+
+    Returns:
+        (9/16 * O * I,), an (I, O) operand. Moves the values, both masks and the operand once.
+    """
+    out_features, in_features = values.shape[0], 2 * values.shape[1]
+    packed = torch.empty(packed_numel(in_features, out_features), dtype=dtype, device=values.device)
+    row_groups = 8  # one warp, and a thread for each of its 8 x 4 tiles of 4 rows by 16 columns
+    grid = (in_features // 64, out_features // (4 * row_groups), 1)
+    tensors = (_aligned(values), metadata, column_mask, packed)
+    _pack_columns(grid, tensors, (out_features, in_features), (row_groups,), num_warps=1)
+    return packed
 
 
 @triton.jit

@@ -89,9 +89,8 @@ class Products:
         bias: Tensor | None,
         out_features: int,
         algorithm: int | None = None,
-        accumulate_into: Tensor | None = None,
     ) -> Tensor:
-        """Y = X Wᵀ [+ b] [+ Y], asynchronous on the current stream.
+        """Y = X Wᵀ [+ b], asynchronous on the current stream.
 
         Args:
             packed: compressed W (O, I), 9/16 · O · I elements, 16-byte aligned.
@@ -99,10 +98,9 @@ class Products:
             bias: (O,) of that dtype, or None.
             out_features: O.
             algorithm: the library's algorithm id; None for its default, up to 1.9 x slower.
-            accumulate_into: (T, O) contiguous, T a multiple of 8, to which the product is added.
 
         Returns:
-            (T, O); ``accumulate_into`` if given.
+            (T, O).
 
         Raises:
             CusparseltError: if the library does not support the product.
@@ -111,9 +109,7 @@ class Products:
         ragged = tokens % TOKEN_MULTIPLE
         if ragged:
             x = torch.nn.functional.pad(x, (0, 0, 0, TOKEN_MULTIPLE - ragged))
-        y = accumulate_into
-        if y is None:
-            y = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
+        y = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
         device = _device_index(x)
         stream = _stream(device)
         plan = self.plan(
@@ -128,7 +124,6 @@ class Products:
             stream,
             self._workspace(device, stream, plan.workspace_bytes),
             0 if bias is None else bias.data_ptr(),
-            accumulate_into is not None,
         )
         return y[:tokens] if ragged else y
 
