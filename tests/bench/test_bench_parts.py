@@ -194,3 +194,16 @@ def test_the_script_for_a_device_runs_all_within_its_budget(tmp_path):
         ["bash", str(SCRIPT), str(output)], capture_output=True, text=True, check=False
     )
     assert again.returncode == 2 and "never overwritten" in again.stderr
+
+
+def test_what_names_one_gpu_is_not_written() -> None:
+    said = [
+        "Driver Version                         : 580.159.04",
+        "GPU 00000000:00:06.0",
+        "    Serial Number                      : 1650000000000",
+        "    GPU UUID                           : GPU-00000000-0000-0000-0000-000000000000",
+        "        Bus Id                         : 00000000:00:06.0",
+        "    Max Clocks",
+        "        SM                             : 1980 MHz",
+    ]
+    assert environment.anonymous(said) == [said[0], *said[5:]]

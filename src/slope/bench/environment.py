@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,10 @@ _LIBRARIES = (
     "nvmath-python", "torchao", "numpy",
 )  # fmt: skip
 _WATCHED = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,utilization.gpu"
+
+_IDENTITY = re.compile(
+    r"serial|uuid|bus.?id|board id|GPU [0-9A-F]{8}:|part number|process", re.IGNORECASE
+)
 
 
 def environment(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def environment(device: torch.device, settings: dict[str, Any]) -> dict[str, Any
         "load_average": os.getloadavg(),
         "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
         "device": str(device),
-        "settings": settings,
+        "settings": {key: value for key, value in settings.items() if key != "output"},
     }
     if device.type == "cuda":
         from slope.backends.support import machine
@@ -56,9 +61,14 @@ def environment(device: torch.device, settings: dict[str, Any]) -> dict[str, Any
             "memory_bytes": properties.total_memory,
             **machine(),
             # driver, clocks, power limits, MIG: a list of lines stays readable in JSON
-            "nvidia-smi": shown.splitlines() if shown else None,
+            "nvidia-smi": anonymous(shown.splitlines()) if shown else None,
         }
     return found
+
+
+def anonymous(lines: Sequence[str]) -> list[str]:
+    """What nvidia-smi says, without what tells one GPU or its machine from another."""
+    return [line for line in lines if not _IDENTITY.search(line)]
 
 
 @contextmanager
