@@ -65,7 +65,7 @@ def test_both_phases_train_and_sum_up(finished):
     log = (finished.root / "logs" / "second" / "run.log").read_text()
     assert "bert-demo/last.ckpt (step 8 of 8)" in log
     # Optimizer and schedule of phase 2 are new.
-    assert [float(row["lr"]) for row in rows][0] == pytest.approx(6e-3)
+    assert [float(row["lr"]) for row in rows][0] == pytest.approx(4e-3)
     steps = {
         group["step"] for group in finished.last("second")["optimizer_states"][0]["param_groups"]
     }

@@ -385,3 +385,15 @@ def test_config_is_a_mapping_a_dictconfig_or_any_object(settings):
     assert DataConfig.from_config(tree.datamodule) == expected
     assert DataConfig.from_config(SimpleNamespace(**settings)) == expected
     assert DataConfig.from_config(expected) is expected
+
+
+def test_a_build_that_fails_leaves_no_thread_behind(settings, monkeypatch):
+    def full(self, tokens):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache._SplitFile, "write", full)
+    with pytest.raises((OSError, RuntimeError), match="space") as caught:
+        prepare(settings, progress=False)
+    # The error holds the frames of the build, and with them whatever they have not closed.
+    assert caught.tb is not None
+    assert not [thread for thread in threading.enumerate() if "tokenise" in thread.name]

@@ -48,6 +48,21 @@ def test_an_answer_beside_its_context_is_named_with_file_line_and_question(tmp_p
         list(squad.read(path))
 
 
+@pytest.mark.parametrize("escaped", [True, False])
+def test_the_line_of_an_id_beyond_ascii_is_found(escaped, tmp_path):
+    article = squad_article(2, 1)
+    asked = article["data"][0]["paragraphs"][1]["qas"][0]
+    asked["id"], asked["answers"][0]["text"] = "Kraków", "Atlantis"
+    path = tmp_path / "a.json"
+    text = json.dumps(article, indent=1, ensure_ascii=escaped)
+    path.write_text(text, encoding="utf-8")
+    line = 1 + text.splitlines().index(
+        f'       "id": {json.dumps("Kraków", ensure_ascii=escaped)},'
+    )
+    with pytest.raises(ValueError, match=rf"line {line}, question 'Kraków': answer 'Atlantis'"):
+        list(squad.read(path))
+
+
 def test_an_answer_that_is_one_character_off_is_found(tmp_path):
     article = squad_article(1, 1)
     asked = article["data"][0]["paragraphs"][0]["qas"][0]

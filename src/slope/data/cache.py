@@ -7,6 +7,7 @@ Layout of ``<cache_dir>/<data set>-<first 16 digits of the key>/``::
                           the end-of-document token after every document
     tokenizer.json        the tokenizer that made them
     meta.json             sizes, checksums, options, and a checksum of itself
+    verified.json         when the token files had last changed as their checksums were compared
 
 The folder is written under another name and renamed when it is complete and on disk, so that it is
 whole or absent. A lock that the system frees with its process lets one process build while others
@@ -26,7 +27,7 @@ import shutil
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ FORMAT = 1  # a change of the layout, the split or the order of documents needs 
 SPLITS = ("train", "val")
 _MAGIC = b"SLOPETOK"
 _HEADER = struct.Struct("<8sIIQ16s")
-_META, _TOKENIZER = "meta.json", "tokenizer.json"
+_META, _TOKENIZER, _VERIFIED = "meta.json", "tokenizer.json", "verified.json"
 _BATCH_CHARS = 1 << 21
 _BATCH_DOCUMENTS = 2048
 _IN_FLIGHT = 2
@@ -111,12 +112,24 @@ def open_cache(directory: Path, key: str, *, verify: bool = False) -> TokenCache
         raise UnusableCacheError(f"{_META} cannot be read ({error})") from error
     if checksum != hashlib.sha256(_canonical(meta)).hexdigest():
         raise UnusableCacheError(f"the checksum of {_META} is wrong")
+    try:
+        _check(directory, meta, key, verify)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise UnusableCacheError(f"{_META} makes no sense ({error!r})") from error
+    return TokenCache(directory, {**meta, "checksum": checksum})
+
+
+def _check(directory: Path, meta: dict[str, Any], key: str, verify: bool) -> None:
+    """Compare the files of a cache with what its meta.json says, which may be anything."""
     if meta["key"] != key:
         raise UnusableCacheError(
             f"it holds data set '{meta['identity']['dataset']}' with tokenizer "
             f"'{meta['tokenizer']['name']}' or other options"
         )
-    itemsize = np.dtype(meta["dtype"]).itemsize
+    itemsize = {"uint16": 2, "uint32": 4}[meta["dtype"]]
+    tokenizer = meta["tokenizer"]
+    int(tokenizer["vocab_size"]), tokenizer["eos_token"].encode()
+    dict(tokenizer["special_tokens"])
     for split in SPLITS:
         path, entry = directory / f"{split}.bin", meta["splits"][split]
         wanted = HEADER_BYTES + entry["tokens"] * itemsize
@@ -132,7 +145,7 @@ def open_cache(directory: Path, key: str, *, verify: bool = False) -> TokenCache
             raise UnusableCacheError(f"{path.name} has {size} bytes instead of {wanted}")
         if header != _header(itemsize, entry["tokens"], key):
             raise UnusableCacheError(f"the header of {path.name} is wrong")
-        if int.from_bytes(last, "little") != meta["tokenizer"]["eos_token_id"]:
+        if int.from_bytes(last, "little") != tokenizer["eos_token_id"]:
             raise UnusableCacheError(f"{path.name} does not end with the end of a document")
         if verify and hash_file(path, skip=HEADER_BYTES) != entry["sha256"]:
             raise UnusableCacheError(f"the checksum of {path.name} is wrong")
@@ -140,9 +153,8 @@ def open_cache(directory: Path, key: str, *, verify: bool = False) -> TokenCache
         digest = hash_file(directory / _TOKENIZER)
     except OSError as error:
         raise UnusableCacheError(f"{_TOKENIZER} cannot be read ({error})") from error
-    if digest != meta["tokenizer"]["sha256"]:
+    if digest != tokenizer["sha256"]:
         raise UnusableCacheError(f"the checksum of {_TOKENIZER} is wrong")
-    return TokenCache(directory, {**meta, "checksum": checksum})
 
 
 def load_or_build(
@@ -152,6 +164,7 @@ def load_or_build(
     *,
     progress: bool = True,
     verify: bool = False,
+    patience: float = 0.0,
 ) -> TokenCache:
     """Open the cache of a corpus, or build it, or wait for the process that builds it.
 
@@ -161,6 +174,7 @@ def load_or_build(
         config: tokenizer, split and ``cache_dir``.
         progress: show a progress bar while building.
         verify: compare the checksums of the token files when opening.
+        patience: seconds in which a cache that another node has just built becomes visible here.
 
     Returns:
         The cache. A damaged one, or one of another corpus under this name, is replaced with a
@@ -169,14 +183,17 @@ def load_or_build(
     Raises:
         ValueError: if the corpus, the tokenizer or the split is impossible.
         OSError: if the folder cannot be written or the disk is full.
+        RuntimeError: if what another node was building does not become visible.
     """
     key = cache_key(identity)
     directory = Path(config.cache_dir).expanduser() / f"{config.dataset}-{key[:16]}"
     with contextlib.suppress(FileNotFoundError, UnusableCacheError):
-        return open_cache(directory, key, verify=verify)
-    with _locked(directory):
+        return _open_unchanged(directory, key, verify)
+    with _locked(directory) as waited:
+        if waited and patience:
+            return _open_when_visible(directory, key, verify, patience)
         try:
-            return open_cache(directory, key, verify=verify)  # another process may have built it
+            return _open_unchanged(directory, key, verify)  # another process may have built it
         except FileNotFoundError:
             _say_what_else_is_there(directory, identity)
         except UnusableCacheError as error:
@@ -184,23 +201,81 @@ def load_or_build(
         return _build(directory, key, identity, corpus, config, progress)
 
 
+def _open_unchanged(directory: Path, key: str, verify: bool) -> TokenCache:
+    """Open a cache; token files that were touched since their last check are checked whole."""
+    stamp, now = directory / _VERIFIED, _stamp(directory)
+    if not verify:
+        try:
+            verify = json.loads(stamp.read_bytes()) != now
+        except (OSError, ValueError):
+            verify = True
+    cache = open_cache(directory, key, verify=verify)
+    if verify:
+        temporary = stamp.with_name(f"{stamp.name}.{os.getpid()}")
+        with contextlib.suppress(OSError):  # somebody else's cache: checked again the next time
+            temporary.write_text(json.dumps(now))
+            temporary.replace(stamp)
+    return cache
+
+
+def _stamp(directory: Path) -> dict[str, list[int]]:
+    """Size and time of the last change of each token file; no program can set the latter back."""
+    found = {}
+    for split in SPLITS:
+        with contextlib.suppress(OSError):
+            status = (directory / f"{split}.bin").stat()
+            found[split] = [status.st_size, status.st_ctime_ns]
+    return found
+
+
+def _open_when_visible(directory: Path, key: str, verify: bool, patience: float) -> TokenCache:
+    """Open what a process of perhaps another node has built; a network file system may lag."""
+    end, pause = time.monotonic() + patience, 0.05
+    while True:
+        try:
+            return open_cache(directory, key, verify=verify)
+        except (FileNotFoundError, UnusableCacheError) as error:
+            if time.monotonic() >= end:
+                why = str(error) if isinstance(error, UnusableCacheError) else "no such folder"
+                raise RuntimeError(
+                    f"token cache '{directory}', which another process was building, is not to be "
+                    f"seen from this node after {patience:g} s ({why}); that process failed (see "
+                    "what it says), or the file system is slow: start again, or type "
+                    "datamodule.cache_dir=<a folder that all nodes see>."
+                ) from error
+            if pause == 0.05:
+                _log.warning(
+                    "token cache '%s' is built but not to be seen yet; looking again for up to "
+                    "%g s", directory, patience,
+                )  # fmt: skip
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)
+
+
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of one cache; the system frees it when its process ends, however it ends."""
+def _locked(directory: Path) -> Iterator[bool]:
+    """Hold the lock of one cache; the system frees it when its process ends, however it ends.
+
+    Yields:
+        Whether another process held it before.
+    """
     from filelock import FileLock, Timeout
 
+    waited = False
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory.with_name(f"{directory.name}.lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _log.info("another process is building token cache '%s'; waiting for it", directory)
+            waited = True
+            # A warning: those who wait are the processes that say nothing else.
+            _log.warning("another process is building token cache '%s'; waiting for it", directory)
             lock.acquire()
     except OSError as error:
         raise _not_writable(error, directory.parent) from error
     try:
-        yield
+        yield waited
     finally:
         lock.release()
 
@@ -243,6 +318,9 @@ def _build(
             splits = _write_splits(folder, key, dtype, tokenizer, corpus, config, bar)
             _require_both_splits(splits, config)
             _write_meta(folder, key, identity, config, tokenizer, dtype, splits)
+            with contextlib.suppress(FileNotFoundError, UnusableCacheError):
+                # Another node was quicker, unseen: processes that read its files keep them.
+                return open_cache(directory, key)
             _replace(folder, directory)
     train, val = splits["train"], splits["val"]
     _log.info(
@@ -359,7 +437,7 @@ def _batches(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
 
 def _encoded(
     documents: Iterable[_Document], tokenizer: Tokenizer, eos: int, dtype: np.dtype
-) -> Iterator[tuple[NDArray[Any], _Document]]:
+) -> Generator[tuple[NDArray[Any], _Document], None, None]:
     """Tokens of each document, in order; every core encodes while this thread reads and writes."""
     encode_special_tokens = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is text like any other
@@ -448,6 +526,8 @@ def _write_splits(
     held: tuple[NDArray[Any], int] | None = None
     encoded = _encoded(_documents(corpus, config), tokenizer.backend, tokenizer.eos_token_id, dtype)
     with (
+        # Left to the garbage collector after an error, its threads could be joined anywhere.
+        contextlib.closing(encoded),
         _SplitFile(folder / "train.bin", key, dtype) as train,
         _SplitFile(folder / "val.bin", key, dtype) as val,
     ):

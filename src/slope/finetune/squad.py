@@ -159,7 +159,7 @@ def read(path: Path) -> Iterator[Question]:
                     try:
                         yield _question(asked, paragraph["context"])
                     except ValueError as error:
-                        where = text[: text.find(json.dumps(asked["id"]))].count("\n") + 1
+                        where = _line(text, asked["id"])
                         raise ValueError(
                             f"'{path}' line {where}, question {asked['id']!r}: {error}"
                         ) from error
@@ -171,6 +171,12 @@ def read(path: Path) -> Iterator[Question]:
         ) from error
     if not count:
         raise ValueError(f"'{path}' has no questions; is the download complete?")
+
+
+def _line(text: str, key: str) -> int:
+    """Line of a question's id, whether the file escapes non-ASCII characters or not."""
+    at = max(text.find(json.dumps(key, ensure_ascii=escaped)) for escaped in (True, False))
+    return text.count("\n", 0, max(at, 0)) + 1
 
 
 def _question(asked: Mapping[str, Any], context: str) -> Question:
