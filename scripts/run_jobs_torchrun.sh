@@ -7,7 +7,8 @@
 #
 #   NODES=2 NODE_RANK=0 MASTER=node0:29500 scripts/run_jobs_torchrun.sh experiment=…
 #
-# GPUS overrides the number of processes per machine. Started again, it goes on where it stopped.
+# GPUS overrides the number of processes per machine. Started again, it goes on where it stopped; where
+# a process dies, torchrun starts all of them again, RESTARTS times (3).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -21,5 +22,6 @@ else
   rendezvous=(--standalone)
 fi
 
-exec torchrun --nnodes="$nodes" --nproc-per-node="$gpus" "${rendezvous[@]}" training/run.py \
+exec torchrun --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts="${RESTARTS:-3}" \
+  "${rendezvous[@]}" training/run.py \
   trainer.devices="$gpus" trainer.num_nodes="$nodes" resume=True "$@"

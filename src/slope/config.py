@@ -92,11 +92,10 @@ class SparsityConfig:
                 raise ValueError(
                     f"{name}={value!r} is unknown; choose one of {', '.join(choices)}."
                 )
-        if int(self.column_mask_interval) != self.column_mask_interval or (
-            self.column_mask_interval < 0
-        ):
+        interval = self.column_mask_interval
+        if not 0 <= interval < float("inf") or int(interval) != interval:
             raise ValueError(
-                f"column_mask_interval={self.column_mask_interval} must be a whole number of "
+                f"column_mask_interval={interval} must be a whole number of "
                 "optimizer steps: 1 for each step, 100 for every hundredth, 0 for never."
             )
         rank = self.adapter_rank

@@ -176,6 +176,9 @@ class SlopeLinear(AdaptedLinear):
             W^{R,C}.
         bias: parameter (O,) or None.
         adapter: :class:`slope.Adapter` or None.
+        refreshes_itself: False once :class:`slope.SlopeSchedule` has seen that the values are
+            sharded. It then refreshes the column mask of interval 1 from the shards; the forward
+            may see gathered values that were rounded.
 
     Raises:
         ValueError: if the pattern does not divide the layer.
@@ -221,6 +224,7 @@ class SlopeLinear(AdaptedLinear):
             torch.empty(out_features, -(-kept // 8), dtype=torch.uint8, device=device),
         )
         self.adapter = None
+        self.refreshes_itself = True
         self._cache = _OperandCache()
         self._operand: tuple[tuple[Any, ...], Tensor | None] | None = None
         if self.values.device.type != "meta":
@@ -304,9 +308,45 @@ class SlopeLinear(AdaptedLinear):
         Call at a step boundary, never between a forward and its backward.
         """
         if not self.prune_backward:
-            self.column_mask.copy_(pack_bits(torch.ones_like(self.values, dtype=torch.bool)))
+            self.column_mask.copy_(pack_bits(torch.ones(self.values.shape, dtype=torch.bool)))
             return
-        self._backend.refresh_column_mask(self.compressed_weight())
+        if hasattr(self.values, "full_tensor"):
+            self._refresh_from_shards(self.values)
+        else:
+            self._backend.refresh_column_mask(self.compressed_weight())
+
+    def _refresh_from_shards(self, values: Any) -> None:
+        """Refresh where FSDP2 has cut the values along d_out; all processes take part.
+
+        Each process chooses for its own rows where no group of m rows is cut, and they exchange
+        one bit per value; else they gather the values.
+        """
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        mesh, placements = values.device_mesh, values.placements
+        cuts = [mesh.size(i) for i, placement in enumerate(placements) if placement.is_shard(0)]
+        others = any(not p.is_shard(0) and not p.is_replicate() for p in placements)
+        weight = self.compressed_weight()
+        if others or len(cuts) != 1 or -(-self.out_features // cuts[0]) % self.pattern.m:
+            self._backend.refresh_column_mask(weight._replace(values=values.full_tensor()))
+            return
+
+        def own_rows(buffer: Tensor) -> Tensor:
+            # Every process has the whole buffer: nothing is sent.
+            part: Any = distribute_tensor(buffer, mesh, placements, src_data_rank=None)
+            rows: Tensor = part.to_local().clone()
+            return rows
+
+        mask = own_rows(self.column_mask)
+        if len(mask):
+            self._backend.refresh_column_mask(
+                weight._replace(
+                    values=values.to_local(), metadata=own_rows(self.metadata), column_mask=mask
+                )
+            )
+        shape, stride = self.column_mask.shape, self.column_mask.stride()
+        gathered = DTensor.from_local(mask, mesh, placements, shape=shape, stride=stride)
+        self.column_mask.copy_(gathered.full_tensor())
 
     def compressed_weight(self) -> SparseWeight:
         """The tensors of this layer as a backend reads them."""
@@ -384,7 +424,10 @@ class SlopeLinear(AdaptedLinear):
         # Interval 1 makes the column mask a function of the values: chosen again whenever these are
         # expanded anew, in evaluation too, so that no forward finds operands with an older mask.
         refresh = (
-            self.column_mask_interval == 1 and self.prune_backward and self.values.requires_grad
+            self.column_mask_interval == 1
+            and self.refreshes_itself
+            and self.prune_backward
+            and self.values.requires_grad
         )
         if torch.compiler.is_compiling() or self.values.device.type != "cpu":
             if refresh and torch.is_grad_enabled():

@@ -95,9 +95,13 @@ class SlopeSchedule:
     def refresh_masks(self, model: nn.Module, step: int) -> None:
         """The part of :meth:`apply` that is about masks; ``model`` may be a single layer."""
         for _, layer in sparse_layers(model):
-            # Interval 1 refreshes inside the layer, whenever its values have changed.
+            # Interval 1 refreshes inside the layer, whenever its values have changed; but not where
+            # FSDP2 has sharded them.
             interval = layer.column_mask_interval
-            if interval > 1 and step > 0 and step % interval == 0:
+            if interval == 1 and hasattr(layer.values, "full_tensor"):
+                layer.refreshes_itself = False
+            due = interval > 1 and step > 0 and step % interval == 0
+            if layer.prune_backward and (due or not layer.refreshes_itself):
                 layer.refresh_column_mask()
         for _, pruned in pruned_layers(model):
             pruned.dense = self.dense_start is not None and step >= self.dense_step

@@ -16,7 +16,8 @@ SMOKE = "experiment=compare/smoke"
 COMPARISONS = {  # methods
     "bert/table_mixed": 7, "bert/table_mixed_small": 7, "bert/table_modules": 3,
     "bert/table_modules_small": 3, "bert/table_ranks": 5, "bert/table_ranks_small": 5,
-    "compare/adapters": 45, "compare/column_mask": 6, "compare/small": 27, "compare/smoke": 3,
+    "compare/adapters": 45, "compare/column_mask": 6, "compare/gpu": 4, "compare/small": 27,
+    "compare/smoke": 3,
 }  # fmt: skip
 
 

@@ -81,9 +81,9 @@ def test_more_devices_hold_less_each():
     one = estimated("model=opt-1.3b", "batch=1").sparse.training
     shared = {
         strategy: estimated("model=opt-1.3b", "batch=1", "devices=8", f"strategy={strategy}")
-        for strategy in ("ddp", "zero1", "fsdp")
+        for strategy in ("ddp", "zero1", "fsdp2")
     }
-    for strategy, parts in (("ddp", (1, 1, 1)), ("zero1", (1, 1, 8)), ("fsdp", (8, 8, 8))):
+    for strategy, parts in (("ddp", (1, 1, 1)), ("zero1", (1, 1, 8)), ("fsdp2", (8, 8, 8))):
         many = shared[strategy].sparse.training
         for name, part in zip(("weights", "gradients", "optimizer"), parts, strict=True):
             assert getattr(many, name) == getattr(one, name) / part, (strategy, name)
@@ -103,6 +103,33 @@ def test_a_model_that_does_not_fit_is_told_what_does(capsys):
     smaller = found["advice"][0].split(":")[0].split()
     assert smaller[0].startswith("batch=") and smaller[1] == "accumulate=2"
     assert estimated("model=gpt2-small", *smaller).sparse.fits
+
+
+def test_what_is_sent_is_counted_by_hand():
+    words = "model=gpt2-small", "batch=1", "rank=0", "accumulate=3"
+    for way, (parameters, gradients, leaving) in {
+        "ddp": (0, 2 * 15 / 16, 2 * 15 / 16),
+        "zero1": (15 / 16, 2 * 15 / 16, 3 * 15 / 16),
+        # gathered twice in bf16 and reduced in each of 3 micro-batches
+        "fsdp2": (3 * 15 / 16, 3 * 15 / 16, None),
+        # the same over 8 GPUs of a host; an eighth of the gradients is averaged with the other host
+        "hsdp": (3 * 7 / 8, 3 * 7 / 8 + 2 / 8 / 2, 2 / 2),
+    }.items():
+        found = estimated(*words, "devices=16", f"strategy={way}")
+        for side in (found.dense, found.sparse):
+            sent, fp32 = side.traffic, 4 * side.parameters
+            assert (sent.parameters, sent.gradients) == (parameters * fp32, gradients * fp32)
+            assert sent.leaving_host == (sent.sent if leaving is None else leaving * fp32)
+        shared = {"fsdp2": 15 / 16, "hsdp": 7 / 8}.get(way, 0)
+        masks = sum(layer.column_mask for layer in found.model.sparse)
+        assert found.sparse.traffic.masks == shared * masks
+    within = estimated(*words, "devices=8").sparse.traffic
+    assert within.leaving_host == 0 < within.sent
+
+
+def test_a_model_that_fits_only_compressed():
+    found = estimated("model=opt-66b", "devices=8", "strategy=fsdp2", "batch=1")
+    assert found.sparse.fits and not found.dense.fits
 
 
 # -- time ------------------------------------------------------------------------------------------
@@ -184,6 +211,8 @@ def test_a_recipe_brings_its_batch():
         (["model=opt-125m", "rank=many"], "pruner.lora_rank must be a whole number or a number"),
         (["model=opt-125m", "batch=0"], "batch=0 must be a whole number of at least 1"),
         (["model=opt-125m", "strategy=tp"], "strategy='tp' is unknown; did you mean"),
+        (["model=opt-125m", "strategy=fsdp"], "'fsdp' is unknown; did you mean strategy=fsdp2"),
+        (["model=opt-125m", "devices=12", "strategy=hsdp"], "of 8 devices; type devices=16, or"),
         (["model=opt-125m", "precision=fp8"], "precision='fp8' is unknown"),
         (["model=opt-125m", "pattern=4:2"], "pattern 4:2 keeps n=4 of m=2"),
         (["model=opt-125m", "experiment=demo"], "both name a model"),

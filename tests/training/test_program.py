@@ -208,7 +208,7 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(runs, monkeypatch, what):
 
 
 def test_a_full_disk_loses_nothing(runs, finished, monkeypatch):
-    original, limit = checkpoint._HashingWriter.write, [400_000]
+    original, limit = checkpoint.HashingWriter.write, [400_000]
 
     def write(self, data):
         limit[0] -= len(data)
@@ -223,7 +223,7 @@ def test_a_full_disk_loses_nothing(runs, finished, monkeypatch):
         return original(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint._HashingWriter, "write", write)
+        patch.setattr(checkpoint.HashingWriter, "write", write)
         text = "cannot write checkpoint .*last.ckpt: No space left on device after .* MB free there"
         with pytest.raises(RuntimeError, match=text):
             runs.run("name=whole")

@@ -110,22 +110,23 @@ def test_kill_anywhere(runs, finished, before):
     assert names == sorted(path.name for path in theirs.iterdir())
 
 
-def test_interrupt_saves_and_goes_on(runs, finished, monkeypatch, caplog):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=["Ctrl-C", "SIGUSR1"])
+def test_interrupt_saves_and_goes_on(runs, finished, monkeypatch, caplog, number):
     step, seen = LanguageModule.training_step, []
 
     def training_step(self, batch, batch_idx):
         seen.append(batch_idx)
         if len(seen) == 9:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return step(self, batch, batch_idx)
 
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handlers = signal.getsignal(number), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(LanguageModule, "training_step", training_step)
         result = runs.run("name=whole")
     assert result["interrupted"] and result["steps"] == 5
     assert "resume=True goes on" in caplog.text
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert (signal.getsignal(number), signal.getsignal(signal.SIGTERM)) == handlers
     assert not (runs.root / "logs" / "whole" / "summary.json").exists()
     summary = runs.run("name=whole", "resume=True")
     assert summary["val_loss"] == finished.summary["val_loss"]

@@ -23,14 +23,14 @@ settings:
   pattern=2:4 rank=16   of the sparse layers and their adapters; rank=0.0156 is a ratio of d_in
   batch=8 seq=2048      micro-batch per device, tokens of a sequence
   accumulate=1          micro-batches per optimizer step
-  devices=1             of one host
-  strategy=ddp          or zero1 (optimizer=adamw-zero), or fsdp, which `slope train` does not have
+  devices=1             of one host of 8, or of several
+  strategy=ddp          or zero1 (optimizer=adamw-zero), fsdp2, hsdp (sharded inside each host)
   precision=bf16-mixed  or bf16, weights and moments too
   pruner.skip_attention=True   and every other key under model. and pruner., as for `slope train`
 
 examples:
   slope estimate model=llama3-8b gpu=h200
-  slope estimate model=opt-13b devices=8 strategy=fsdp batch=4 --json
+  slope estimate model=opt-13b devices=8 strategy=fsdp2 batch=4 --json
   slope estimate experiment=c4/opt-6.7b devices=8 gpu=a100
   slope estimate model=opt-66b --accounting paper
 """
@@ -108,9 +108,10 @@ def _as_json(result: Estimate) -> dict[str, Any]:
 
 
 def _side_as_json(side: Side) -> dict[str, Any]:
-    training, step = side.training, side.step
+    training, step, sent = side.training, side.step, side.traffic.sent
     return asdict(side) | {
         "training": asdict(training) | {"state": training.state, "total": training.total},
+        "traffic": asdict(side.traffic) | {"sent": sent},
         "step": asdict(step) | {"total": step.total},
     }
 
@@ -167,6 +168,11 @@ def _lines(result: Estimate) -> Iterator[str]:
     yield "\ntraining, GB per GPU"
     names = ("weights", "masks", "gradients", "optimizer", "working", "exchange", "activations")
     yield from fields("training", 1e9, dict.fromkeys((*names, "total"), "counted"))
+    if request.devices > 1:
+        yield "\nsent in a step, GB, by one GPU"
+        names = ("parameters", "gradients", "masks", "sent")
+        yield from fields("traffic", 1e9, dict.fromkeys(names, "counted"))
+        yield from fields("traffic", 1e9, {"leaving_host": "counted, by all GPUs of a host"})
     yield f"\nserving in bf16, GB ({request.batch} x {request.seq} tokens in the cache)"
     yield from fields("serving", 1e9, dict.fromkeys(("weights", "adapters", "cache"), "counted"))
     yield "\ntime of a step, ms"

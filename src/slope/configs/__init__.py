@@ -53,6 +53,7 @@ _AT_LEAST = {
     "trainer.max_steps": 1,
     "trainer.val_check_interval": 1,
     "trainer.log_every_n_steps": 1,
+    "trainer.check_masks_every_n_steps": 0,
 }
 
 

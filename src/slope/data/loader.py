@@ -155,6 +155,18 @@ class BatchLoader:
             indices = self.indices(number)
             yield self._load(indices, np.zeros_like(indices))
 
+    def in_step(self) -> Iterator[dict[str, Tensor]]:
+        """One pass in as many batches on every rank, for models whose ranks compute together.
+
+        A rank whose share of the last batch is empty gets the data set's first sequence with
+        ``"weight": 0`` beside its tensors: it takes part and counts for nothing.
+        """
+        yield from self
+        rest = len(self.dataset) % (self.batch_size * self.world_size)
+        if rest and not self._share(rest):
+            zero = np.zeros(1, np.int64)
+            yield {**self._load(zero, zero), "weight": torch.zeros(())}
+
     def _load(self, indices: NDArray[Any], epochs: NDArray[Any]) -> dict[str, Tensor]:
         batch = self.dataset.examples(indices, self.seed, epochs)
         if self.pin_memory:

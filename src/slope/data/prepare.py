@@ -30,7 +30,9 @@ class TokenData:
     fingerprint: str  # hex; equal where corpus, tokenizer and options are
 
 
-def prepare(config: Any, *, progress: bool = True, verify: bool = False) -> TokenData:
+def prepare(
+    config: Any, *, progress: bool = True, verify: bool = False, patience: float = 0.0
+) -> TokenData:
     """Open the token cache that a configuration asks for; build it first where there is none.
 
     Several processes may call this at once: one builds, the others wait for it.
@@ -40,6 +42,8 @@ def prepare(config: Any, *, progress: bool = True, verify: bool = False) -> Toke
             object with its attributes).
         progress: show a progress bar while tokenising.
         verify: compare the checksums of the token files, not only their sizes and headers.
+        patience: seconds in which a cache that another node has just built becomes visible here; 0
+            where all processes are on one node.
 
     Returns:
         Data sets, tokenizer and vocabulary.
@@ -47,7 +51,8 @@ def prepare(config: Any, *, progress: bool = True, verify: bool = False) -> Toke
     Raises:
         ValueError: if a value, a file or a tokenizer is wrong, or the corpus is too short.
         FileNotFoundError: if a file does not exist.
-        RuntimeError: if a package is missing or the hub cannot be reached.
+        RuntimeError: if a package is missing, the hub cannot be reached, or a cache that another
+            node was building does not become visible.
         OSError: if the cache cannot be written.
 
     Example:
@@ -63,7 +68,9 @@ def prepare(config: Any, *, progress: bool = True, verify: bool = False) -> Toke
         "val_split_seed": settings.val_split_seed,
         "max_documents": settings.max_documents,
     }
-    cache = load_or_build(identity, corpus, settings, progress=progress, verify=verify)
+    cache = load_or_build(
+        identity, corpus, settings, progress=progress, verify=verify, patience=patience
+    )
     _require_sequences(cache, settings)
     tokenizer = cache.tokenizer()
     return TokenData(

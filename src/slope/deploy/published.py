@@ -54,7 +54,7 @@ def is_published(path: Path) -> bool:
         return (path / _SHARDED).is_file()
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - checkpoints.FOOTER_BYTES))
-        return not file.read().startswith(checkpoints.MAGIC)
+        return not file.read().startswith(checkpoints.MAGICS)
 
 
 def load(path: Path, heads: int | None = None) -> Any:

@@ -31,7 +31,7 @@ class TrainingBytes:
         gradients: of all parameters.
         optimizer: Adam's moments.
         working: casts of dense weights, and the largest gradient of a product.
-        exchange: buckets (DDP, ZeRO-1) or gathered blocks (FSDP); 0 on one device.
+        exchange: buckets (DDP, ZeRO-1), or gathered blocks and root (FSDP); 0 on one device.
         activations: kept for the backward, logits included.
     """
 
@@ -78,7 +78,7 @@ def training_bytes(model: ModelShape, request: Request, *, sparse: bool) -> Trai
         masks=sum(layer.metadata + layer.column_mask for layer in model.sparse) if sparse else 0,
         gradients=parameters * size.gradient / request.state_shares,
         optimizer=parameters * size.moments / request.moment_shares,
-        working=_working_bytes(model, size.mixed, sparse),
+        working=_working_bytes(model, request, sparse),
         exchange=_exchange_bytes(model, request, sparse),
         activations=_activation_bytes(model, request, sparse),
     )
@@ -99,9 +99,11 @@ def serving_bytes(model: ModelShape, request: Request, *, sparse: bool) -> Servi
     )
 
 
-def _working_bytes(model: ModelShape, mixed: bool, sparse: bool) -> float:
+def _working_bytes(model: ModelShape, request: Request, sparse: bool) -> float:
     """Casts, and one weight gradient in bf16 before it is cast or gathered."""
-    casts = [layer.size for layer in model.linears if mixed and not (sparse and layer.pattern)]
+    mixed = request.sizes.mixed
+    kept = mixed and not request.sharded  # FSDP gathers in bf16 and lets go
+    casts = [layer.size for layer in model.linears if kept and not (sparse and layer.pattern)]
     passing = [layer.size for layer in model.linears if mixed or (sparse and layer.pattern)]
     return COMPUTE * (sum(casts) + max(passing, default=0))
 
@@ -109,7 +111,7 @@ def _working_bytes(model: ModelShape, mixed: bool, sparse: bool) -> float:
 def _exchange_bytes(model: ModelShape, request: Request, sparse: bool) -> float:
     if request.devices == 1:
         return 0
-    if request.strategy != "fsdp":
+    if not request.sharded:
         return model.stored(sparse) * request.sizes.gradient
     sizes = [layer.values + layer.adapter if sparse else layer.size for layer in model.linears]
     blocks = sum(
@@ -117,8 +119,13 @@ def _exchange_bytes(model: ModelShape, request: Request, sparse: bool) -> float:
         for size, layer in zip(sizes, model.linears, strict=True)
         if layer.out_features != model.vocabulary
     )
-    # The block that computes and the one fetched ahead, or a layer larger than both: the head.
-    return COMPUTE * max(2 * blocks / model.blocks, max(sizes))
+    # Embeddings and norms stay gathered, in full precision, and their gradients come at the end.
+    root = model.root * (request.sizes.parameter + request.sizes.gradient)
+    # Of the rest the block that computes and the one fetched ahead, or a layer larger than both:
+    # the head. Gradients of one block, as computed and as reduced.
+    block, largest = blocks / model.blocks, max(sizes)
+    passing = (COMPUTE + request.sizes.gradient) * max(block, largest)
+    return root + COMPUTE * max(2 * block, largest) + passing
 
 
 def _activation_bytes(model: ModelShape, request: Request, sparse: bool) -> float:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from slope.estimate.memory import ServingBytes, TrainingBytes, serving_bytes, training_bytes
-from slope.estimate.request import Request
+from slope.estimate.request import HOST, Request
 from slope.estimate.shapes import ModelShape, shape_of
 from slope.estimate.timing import Flops, StepSeconds, flops_per_token, step_seconds
+from slope.estimate.traffic import Traffic, traffic
 
 _MAX_DEVICES = 1024  # that are suggested
-_HOST = 8
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Side:
     Attributes:
         parameters: stored, adapters included.
         training: bytes per GPU.
+        traffic: bytes sent in an optimizer step, with active adapters.
         serving: bytes on one GPU.
         flops: per token.
         step: of an optimizer step, adapters dormant.
@@ -32,6 +33,7 @@ class Side:
 
     parameters: int
     training: TrainingBytes
+    traffic: Traffic
     serving: ServingBytes
     flops: Flops
     step: StepSeconds
@@ -103,6 +105,7 @@ def _side(model: ModelShape, request: Request, *, sparse: bool) -> Side:
     return Side(
         parameters=model.stored(sparse),
         training=training,
+        traffic=traffic(model, request, sparse=sparse),
         serving=serving_bytes(model, request, sparse=sparse),
         flops=flops,
         step=step,
@@ -121,11 +124,10 @@ def _advice(model: ModelShape, request: Request) -> Iterator[str]:
         yield f"{words}: {_gigabytes(model, smaller)} per GPU"
     devices = max(2, request.devices)
     while devices <= _MAX_DEVICES:
-        spread = _fitting(model, replace(request, devices=devices, strategy="fsdp"))
+        spread = _fitting(model, replace(request, devices=devices, strategy="fsdp2"))
         if spread is not None:
-            words = f"devices={devices} strategy=fsdp batch={spread.batch}"
-            size = _gigabytes(model, spread)
-            yield f"{words}: {size} per GPU; `slope train` does not have fsdp"
+            words = f"devices={devices} strategy=fsdp2 batch={spread.batch}"
+            yield f"{words}: {_gigabytes(model, spread)} per GPU"
             return
         devices *= 2
 
@@ -180,5 +182,5 @@ def _notes(model: ModelShape, request: Request, share: float) -> Iterator[str]:
             f"exchange: bytes at the peak of NVLink, {gpu.link / 1e9:.0f} GB/s each way "
             f"({gpu.source}), hidden by the compute beside it."
         )
-    if request.devices > _HOST:
-        yield f"the slower link between hosts of {_HOST} devices is not counted."
+    if request.devices > HOST:
+        yield f"the slower link between hosts of {HOST} devices is not counted in the time."

@@ -34,7 +34,8 @@ class Precision:
 
 
 PRECISIONS = {"bf16-mixed": Precision(4, 4, 8, 4), "bf16": Precision(2, 2, 4, 2)}
-STRATEGIES = ("ddp", "zero1", "fsdp")
+STRATEGIES = ("ddp", "zero1", "fsdp2", "hsdp")
+HOST = 8  # devices of one host
 KEYS = (
     "model", "experiment", "gpu", "pattern", "rank", "batch", "seq", "accumulate", "devices",
     "strategy", "precision",
@@ -84,12 +85,22 @@ class Request:
     @property
     def state_shares(self) -> int:
         """Devices that share out parameters and gradients."""
-        return self.devices if self.strategy == "fsdp" else 1
+        return {"fsdp2": self.devices, "hsdp": HOST}.get(self.strategy, 1)
 
     @property
     def moment_shares(self) -> int:
         """Devices that share out the optimizer's moments."""
-        return 1 if self.strategy == "ddp" else self.devices
+        return self.devices if self.strategy == "zero1" else self.state_shares
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are shared out."""
+        return self.devices > 1 and self.strategy in ("fsdp2", "hsdp")
+
+    @property
+    def hosts(self) -> int:
+        """Hosts of ``HOST`` devices."""
+        return -(-self.devices // HOST)
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -121,6 +132,12 @@ def parse(words: Sequence[str]) -> Request:
         )
     batch = _count(given, "batch", int(cfg.datamodule.batch_size) if recipe else _BATCH)
     devices = _count(given, "devices", 1)
+    strategy = _choice("strategy", given.get("strategy", "ddp"), STRATEGIES)
+    if strategy == "hsdp" and (devices % HOST or devices == HOST):
+        raise ValueError(
+            f"strategy=hsdp with devices={devices}: it repeats the model on each host of {HOST} "
+            f"devices; type devices={max(2, round(devices / HOST)) * HOST}, or strategy=fsdp2."
+        )
     together = max(1, int(cfg.train.global_batch_size) // (batch * devices)) if recipe else 1
     return Request(
         title=title,
@@ -130,7 +147,7 @@ def parse(words: Sequence[str]) -> Request:
         seq=seq,
         accumulate=_count(given, "accumulate", together),
         devices=devices,
-        strategy=_choice("strategy", given.get("strategy", "ddp"), STRATEGIES),
+        strategy=strategy,
         precision=_choice("precision", given.get("precision", "bf16-mixed"), tuple(PRECISIONS)),
     )
 

@@ -140,6 +140,14 @@ class ModelShape:
         """Parameters of all adapters."""
         return sum(layer.adapter for layer in self.linears)
 
+    @property
+    def root(self) -> int:
+        """Parameters outside linear layers, embeddings above all; a tied head is one of them."""
+        linear = sum(layer.size for layer in self.linears)
+        head = sum(x.size for x in self.linears if x.out_features == self.vocabulary)
+        tied = self.parameters - linear < head
+        return self.parameters - linear + (head if tied else 0)
+
     def stored(self, sparse: bool, adapters: bool = True) -> int:
         """Parameters of one of the two models that are compared."""
         if not sparse:

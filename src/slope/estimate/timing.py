@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 
 from slope.estimate.request import Request
 from slope.estimate.shapes import COMPUTE, LinearShape, ModelShape
+from slope.estimate.traffic import traffic
 
 # Per logit: cast to fp32, log-softmax, the gradients of both, cast back.
 _LOGIT_TRAFFIC = (2 + 4) + (4 + 4) + 4 + (4 + 4 + 4) + (4 + 2)
@@ -98,7 +99,7 @@ def step_seconds(
         elementwise=elementwise * steps,
         upkeep=upkeep * steps,
         optimizer=trained / request.moment_shares * update / rates.bandwidth,
-        exchange=_exchange_seconds(request, trained, compute),
+        exchange=_exchange_seconds(model, request, sparse, adapters, compute),
     )
 
 
@@ -173,22 +174,19 @@ def _adapter(layer: LinearShape, request: Request) -> float:
     return seconds
 
 
-def _exchange_seconds(request: Request, trained: int, compute: float) -> float:
+def _exchange_seconds(
+    model: ModelShape, request: Request, sparse: bool, adapters: bool, compute: float
+) -> float:
     """Seconds of ring exchanges at the peak of the link, beyond the compute that hides them.
 
     Args:
+        model: its sizes.
         request: the run.
-        trained: parameters.
+        sparse: False for the dense model.
+        adapters: whether they are active.
         compute: seconds of a micro-batch.
     """
-    size, steps = request.sizes, request.accumulate
-    if request.strategy == "fsdp":
-        # Gathered for the forward and again for the backward of each micro-batch, reduced once.
-        moved = trained * (2 * COMPUTE * steps + size.gradient)
-        hidden = compute * steps
-    else:
-        moved = trained * 2 * size.gradient  # reduced, then handed out
-        moved += trained * size.parameter if request.strategy == "zero1" else 0
-        hidden = compute * 2 / 3  # the backward of the last micro-batch
-    seconds = moved * (request.devices - 1) / request.devices / request.rates.gpu.link
-    return max(0.0, seconds - hidden)
+    sent = traffic(model, request, sparse=sparse, adapters=adapters).sent
+    # All micro-batches of FSDP exchange; else the backward of the last one does.
+    hidden = compute * (request.accumulate if request.sharded else 2 / 3)
+    return max(0.0, sent / request.rates.gpu.link - hidden)

@@ -122,6 +122,11 @@ def read_description(directory: Path) -> dict[str, Any]:
     for key, kind in (("layers", dict), ("tied", dict), ("buffers", list)):
         if not isinstance(description.get(key), kind):
             raise ValueError(f"'{path}' is damaged: {key!r} is missing; export the model again.")
+    names = [*description["tied"].values(), *description["buffers"]]
+    if not all(isinstance(name, str) for name in names) or not isinstance(
+        description.get("files", {}), dict
+    ):
+        raise ValueError(f"'{path}' is damaged: a name is no text; export the model again.")
     return description
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from slope.integrations.agreement import check_masks
 from slope.integrations.diagnostics import MaskLog
 from slope.methods.evolving import Evolution
 from slope.schedule import SlopeSchedule
@@ -81,3 +82,35 @@ class SlopeCallback(pl.Callback):
             row = self._masks.row(pl_module) if every and step % every == 0 else {}
             for logger in trainer.loggers if row else ():
                 logger.log_metrics(row, step)
+
+
+class MaskCheck(pl.Callback):
+    """For debugging: compare the masks of all processes every few optimizer steps.
+
+    Args:
+        every_n_steps: optimizer steps between two comparisons; 0 never compares.
+
+    Raises:
+        ValueError: for a number below 0.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        if every_n_steps < 0:
+            raise ValueError(
+                f"check_masks_every_n_steps={every_n_steps} must be a number of optimizer steps, "
+                "for example 100, or 0 for never."
+            )
+        self._every = every_n_steps
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """After the last micro-batch of an optimizer step that is due."""
+        step, last = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self._every and last and step % self._every == 0:
+            check_masks(pl_module, pl_module.device, f"step {step}: ")

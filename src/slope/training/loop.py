@@ -252,15 +252,18 @@ class RunLoop(pl.Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModule) -> None:
-        """Give the signals back and stop the clock."""
+        """Wait for the last checkpoint, give the signals back and stop the clock."""
+        self._require_saved(trainer)
+        self.files.close()
         self.state.seconds += time.monotonic() - self._clock
         self._close()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: LanguageModule, exception: BaseException
     ) -> None:
-        """Give the signals and the terminal back."""
+        """Give the signals and the terminal back; let a checkpoint that is begun be finished."""
         self._close()
+        self.files.close(wait=not isinstance(exception, KeyboardInterrupt))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: LanguageModule, checkpoint: dict[str, Any]
@@ -365,9 +368,10 @@ class RunLoop(pl.Callback):
             with rng.untouched(), trainer.precision_plugin.forward_context():
                 for batch in self.validation():
                     batch = {name: tensor.to(pl_module.device) for name, tensor in batch.items()}
+                    weight = batch.pop("weight", 1)
                     for place, (mean, count) in enumerate(pl_module.evaluate(batch)):
-                        sums[place, 0] += mean.double() * count
-                        sums[place, 1] += count
+                        sums[place, 0] += mean.double() * count * weight
+                        sums[place, 1] += count * weight
         finally:
             pl_module.train()
         if trainer.world_size > 1:
@@ -378,6 +382,8 @@ class RunLoop(pl.Callback):
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """What is done in here is no part of the training speed."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # else the wait for the step before it would count as this
         started = time.monotonic()
         yield
         self._row_time += time.monotonic() - started
@@ -409,30 +415,31 @@ class RunLoop(pl.Callback):
         if progress:
             copies.append(f"progress_step_{step}.ckpt")
         self.state.copies = copies
-        path = self.directory / checkpoints.LAST
-        trainer.save_checkpoint(
-            path, weights_only=False, storage_options=[self.directory / name for name in copies]
+        self._require_saved(trainer)  # the one before, if it is still being written
+        after = checkpoints.After(
+            tuple(self.directory / name for name in copies),
+            tuple(self.directory / f"step_{old}.ckpt" for old in self.state.dropped),
         )
-        # Written by the first process alone; all of them must learn that it failed.
-        failure = self.files.failure
-        if trainer.world_size > 1:
-            failure = trainer.strategy.broadcast(failure)
-        if failure is not None:
-            raise RuntimeError(failure)
-        if trainer.is_global_zero:
-            self.drop()
-            (self.directory / checkpoints.UNSAVED).unlink(missing_ok=True)
+        path = self.directory / checkpoints.LAST
+        trainer.save_checkpoint(path, weights_only=False, storage_options=after)
+        if not self.files.asynchronous:
+            self._require_saved(trainer)
 
-    def drop(self) -> None:
-        """Delete the checkpoints that are no longer among the best."""
-        for step in self.state.dropped:
-            (self.directory / f"step_{step}.ckpt").unlink(missing_ok=True)
+    def _require_saved(self, trainer: pl.Trainer, wait: bool = True) -> None:
+        """Stop all processes where one could not write a checkpoint."""
+        failures = [self.files.failure(wait)]
+        if trainer.world_size > 1:
+            failures = [None] * trainer.world_size
+            torch.distributed.all_gather_object(failures, self.files.failure(wait))
+        for failure in failures:
+            if failure is not None:
+                raise RuntimeError(failure)
 
     # -- stopping ----------------------------------------------------------------------------------
 
     def _catch_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -445,11 +452,20 @@ class RunLoop(pl.Callback):
         )
 
     def _stop_requested(self, trainer: pl.Trainer) -> bool:
+        """Whether a process got a signal.
+
+        Raises:
+            RuntimeError: on every process, if one could not write a checkpoint in the background.
+        """
         stop = self.stopped_by is not None
+        failed = self.files.failure() is not None
         if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-            if stop and self.stopped_by is None:
-                self.stopped_by = "a signal to another process"
+            # One exchange about both; which of them it was is asked afterwards.
+            stop = failed = trainer.strategy.reduce_boolean_decision(stop or failed, all=False)
+        if failed:
+            self._require_saved(trainer, wait=False)
+        if stop and self.stopped_by is None:
+            self.stopped_by = "a signal to another process"
         return stop
 
     def _close(self) -> None:

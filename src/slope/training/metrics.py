@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from slope.diagnostics import COLUMNS as MASK_COLUMNS
@@ -47,22 +48,24 @@ class MetricsFile:
 
     Raises:
         ValueError: if the file exists and is not a metrics file.
+        RuntimeError: if the file system refuses, now or later.
     """
 
     def __init__(self, path: Path, step: int = 0, columns: Sequence[str] = COLUMNS) -> None:
         self.path = path
         self.columns = tuple(columns)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = _rows_until(path, step, self.columns) if path.exists() else []
-        temporary = path.with_name(path.name + ".partial")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(self.columns)
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        with clearly(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = _rows_until(path, step, self.columns) if path.exists() else []
+            temporary = path.with_name(path.name + ".partial")
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(self.columns)
+                writer.writerows(rows)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
 
     def append(self, *rows: Mapping[str, Value | str]) -> None:
         """Write rows and flush them; a column that was not measured stays empty."""
@@ -71,18 +74,39 @@ class MetricsFile:
             ["" if row.get(name) is None else _text(row[name]) for name in self.columns]
             for row in rows
         )
-        self._file.write(lines.getvalue())
-        self._file.flush()
+        with clearly(self.path):
+            self._file.write(lines.getvalue())
+            self._file.flush()
 
     def sync(self) -> None:
         """Make the rows safe from a power cut; called before a checkpoint is written."""
-        os.fsync(self._file.fileno())
+        with clearly(self.path):
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        # What could not be written is reported already, and closing tries again.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def clearly(path: Path) -> Iterator[None]:
+    """Report what the file system refuses about a file of a run, and what to do then.
+
+    Raises:
+        RuntimeError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot write {path}: {error.strerror or error}; make room or check its permissions, "
+            "and run the same command with resume=True: what it lacks is written again from the "
+            "last checkpoint on."
+        ) from error
 
 
 def _text(value: Value | str) -> str:

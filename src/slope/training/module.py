@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slope.training.optim import LearningRates, build_optimizer, parameter_groups
+from slope.training.strategies import ShardedStrategy, whole
 
 
 class LanguageModule(pl.LightningModule):
@@ -57,6 +58,15 @@ class LanguageModule(pl.LightningModule):
         self.losses.append(loss.detach())
         return loss
 
+    def configure_model(self) -> None:
+        """Cast the model, and share it out where the strategy does.
+
+        Lightning calls this before it loads a checkpoint, which would else be rounded.
+        """
+        self.trainer.precision_plugin.convert_module(self.model)
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self.model)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer over the groups; no scheduler, the rates are set from the step."""
         settings = self._optimizer
@@ -79,7 +89,7 @@ class LanguageModule(pl.LightningModule):
     ) -> None:
         """Clip by the norm of the whole gradient and keep that norm."""
         limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
-        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
 
 
 class TrainBatches:

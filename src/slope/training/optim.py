@@ -120,12 +120,13 @@ def _lamb(
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the optimizer's state tensors held by this process, the step counters left out."""
     inner = getattr(optimizer, "optim", optimizer)
-    return sum(
-        value.numel() * value.element_size()
+    tensors = [
+        value.to_local() if hasattr(value, "to_local") else value
         for state in inner.state.values()
         for value in state.values()
         if torch.is_tensor(value) and value.ndim > 0
-    )
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @dataclass(frozen=True)

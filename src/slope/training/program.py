@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -19,40 +17,26 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 import slope
 from slope.data.pairs import Masking
-from slope.integrations.lightning import SlopeCallback
+from slope.integrations.lightning import MaskCheck, SlopeCallback
 from slope.schedule import SlopeSchedule
 from slope.training import checkpoint as checkpoints
-from slope.training import diagnostics, initial, pruner, rng, signature
+from slope.training import diagnostics, initial, pruner, rng, signature, strategies
+from slope.training.hardware import Hardware, accumulation, hardware_of, is_first
 from slope.training.loop import Intervals, RunLoop, peak_memory_bytes, perplexity
 from slope.training.masked import MaskedLanguageModule
-from slope.training.metrics import MetricsFile
+from slope.training.metrics import MetricsFile, clearly
 from slope.training.module import LanguageModule, TrainBatches
 from slope.training.optim import LORA_LR_RATIO, LearningRates, state_bytes
 from slope.training.progress import Progress, console_handler, show_summary
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Hardware:
-    """Where a run is done."""
-
-    accelerator: str
-    devices: int | list[int]
-    num_nodes: int
-    precision: str
-
-    @property
-    def world_size(self) -> int:
-        """Processes over all nodes."""
-        per_node = self.devices if isinstance(self.devices, int) else len(self.devices)
-        return per_node * self.num_nodes
+_VISIBLE_WITHIN = 60.0  # seconds; NFS remembers a missing file for up to that long (acdirmax)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -70,9 +54,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         RuntimeError: if the loss diverges or a file cannot be written.
         FileNotFoundError: if the checkpoint or the weights asked for do not exist.
     """
-    hardware = _hardware(cfg)
+    hardware = hardware_of(cfg)
     accumulate = accumulation(cfg, hardware.world_size)
-    first = rank_zero_only.rank == 0
+    first = is_first(hardware)
     log_dir, directory = Path(cfg.paths.log_dir), Path(cfg.paths.checkpoint_dir)
     _check_settings(cfg, hardware)
     known = signature.config_signature(cfg)
@@ -98,7 +82,7 @@ def check(cfg: DictConfig) -> Hardware:
         RuntimeError: if a device or a package is missing.
         FileNotFoundError: if the weights to start from are missing.
     """
-    hardware = _hardware(cfg)
+    hardware = hardware_of(cfg)
     accumulation(cfg, hardware.world_size)
     _check_settings(cfg, hardware)
     if cfg.init_from is not None and not checkpoints.saved(Path(cfg.paths.checkpoint_dir)):
@@ -116,13 +100,18 @@ def _run(
 ) -> dict[str, Any]:
     from slope.data import BatchLoader, pairs, prepare
     from slope.data.tokenizer import plain_tokenizer
-    from slope.models import build_model
+    from slope.models import attend_causally, build_model
 
     first = rank_zero_only.rank == 0
     log_dir, directory = Path(cfg.paths.log_dir), Path(cfg.paths.checkpoint_dir)
     max_steps, max_length = int(cfg.trainer.max_steps), int(cfg.datamodule.max_length)
 
-    data = prepare(cfg.datamodule, progress=first and bool(cfg.trainer.enable_progress_bar))
+    # Whoever builds the cache shows it; the others wait.
+    data = prepare(
+        cfg.datamodule,
+        progress=bool(cfg.trainer.enable_progress_bar),
+        patience=_VISIBLE_WITHIN if hardware.num_nodes > 1 else 0.0,
+    )
     tokenizer = plain_tokenizer(data.tokenizer)
     masked = str(cfg.model.family) == "bert"
     if masked:
@@ -157,10 +146,12 @@ def _run(
     if found is not None:
         _fit_to(found, known, module, model, accumulate, max_steps)
 
+    sharded = strategies.is_sharded(cfg, hardware.world_size)
     step = 0 if found is None else int(found.content["global_step"])
     log_every = max(1, int(cfg.trainer.log_every_n_steps))
-    files = checkpoints.VerifiedCheckpointIO(found)
     saving = cfg.callbacks.checkpoint
+    in_parts = checkpoints.is_sharded(saving.format, sharded)
+    files = checkpoints.VerifiedCheckpointIO(found, in_parts, bool(saving.asynchronous))
 
     def validation() -> Iterable[dict[str, Tensor]]:
         loader = BatchLoader(
@@ -172,10 +163,11 @@ def _run(
             world_size=trainer.world_size,
         )
         limit = cfg.trainer.limit_val_batches
+        batches = loader.in_step() if sharded else loader
         if limit is None:
-            return loader
+            return batches
         # Counted over all processes, so that their number does not change what is measured.
-        return islice(loader, math.ceil(int(limit) / trainer.world_size))
+        return islice(batches, math.ceil(int(limit) / trainer.world_size))
 
     loop = RunLoop(
         intervals=Intervals(
@@ -199,7 +191,13 @@ def _run(
     waking = SlopeCallback(
         max_steps, schedule.lora_start, schedule.lora_lazy, schedule.dense_start, schedule.evolution
     )
-    trainer = _trainer(cfg, hardware, accumulate, schedule, files, [waking, loop])
+    callbacks = [
+        strategies.SameStart(known | {"the step to go on from": step}),
+        waking,
+        MaskCheck(int(cfg.trainer.check_masks_every_n_steps)),
+        loop,
+    ]
+    trainer = _trainer(cfg, hardware, accumulate, schedule, files, callbacks)
     batches = TrainBatches(
         BatchLoader(
             data.train,
@@ -214,6 +212,7 @@ def _run(
         max_steps * accumulate,
     )
     if cfg.model.get("compile"):
+        attend_causally(model)  # batches are packed, none is padded
         # the head of a masked model is called by itself
         (cast(Any, model).base_model if masked else model).compile()
     if first:
@@ -222,6 +221,8 @@ def _run(
         if masked:
             # where `slope finetune` looks
             _write_text(directory / "tokenizer.json", tokenizer["json"])
+    if in_parts:
+        strategies.save_in_parts(trainer.strategy)
     if trainer.world_size > 1:
         # Lightning would wait for the device in every micro-batch to ask about SIGTERM; RunLoop
         # asks once per optimizer step.
@@ -230,7 +231,9 @@ def _run(
         if first:
             metrics = MetricsFile(log_dir / "metrics.csv", step)
             loop.metrics = tables.enter_context(metrics)
-            masks = diagnostics.MaskDiagnostics.open(cfg, step, schedule, model)
+            masks = None
+            if not sharded:
+                masks = diagnostics.MaskDiagnostics.open(cfg, step, schedule, model)
             if masks is not None:
                 loop.diagnostics = tables.enter_context(masks)
         trainer.fit(module, batches, ckpt_path=None if found is None else str(found.path))
@@ -251,71 +254,10 @@ def _run(
     return _finish(cfg, hardware, data, model, schedule, report, trainer, loop)
 
 
-def accumulation(cfg: DictConfig, world_size: int) -> int:
-    """Micro-batches per optimizer step.
-
-    Raises:
-        ValueError: if the global batch is not a whole number of micro-batches of all processes.
-    """
-    batch = int(cfg.train.global_batch_size)
-    micro, nodes = int(cfg.datamodule.batch_size), int(cfg.trainer.num_nodes)
-    if batch < 1 or micro < 1 or batch % (micro * world_size):
-        at_once = max(1, micro * world_size)
-        near = max(1, round(batch / at_once)) * at_once
-        raise ValueError(
-            f"train.global_batch_size={batch} is no multiple of datamodule.batch_size={micro} x "
-            f"trainer.devices={world_size // nodes} x trainer.num_nodes={nodes} = {at_once}; "
-            f"try train.global_batch_size={near}."
-        )
-    return batch // (micro * world_size)
-
-
-def _hardware(cfg: DictConfig) -> Hardware:
-    wanted, devices = str(cfg.trainer.accelerator), _plain(cfg.trainer.devices)
-    nodes = int(cfg.trainer.num_nodes)
-    if wanted not in ("auto", "cpu", "gpu", "cuda"):
-        raise ValueError(f"trainer.accelerator={wanted!r} is unknown; use auto, cpu or gpu.")
-    gpus = torch.cuda.device_count()
-    if wanted in ("gpu", "cuda") and not gpus:
-        raise RuntimeError(
-            f"trainer.accelerator={wanted}, but torch {torch.__version__} finds no GPU; check "
-            "nvidia-smi and the torch build, or type trainer.accelerator=cpu."
-        )
-    accelerator = "gpu" if wanted != "cpu" and gpus else "cpu"
-    chosen: int | list[int]
-    if isinstance(devices, list) and devices:
-        chosen = [int(index) for index in devices]
-    elif str(devices) in ("auto", "-1"):
-        chosen = gpus if accelerator == "gpu" else 1
-    elif str(devices).isdigit() and int(devices) > 0:
-        chosen = int(devices)
-    else:
-        raise ValueError(
-            f"trainer.devices={devices} is not a number of devices; use 1, 2, … or -1 for all."
-        )
-    count = len(chosen) if isinstance(chosen, list) else chosen
-    if accelerator == "gpu" and count > gpus:
-        raise ValueError(
-            f"trainer.devices={devices}, but this machine has {gpus} GPU(s); type "
-            f"trainer.devices={gpus}, or trainer.accelerator=cpu for processes on the CPU."
-        )
-    if accelerator == "cpu" and isinstance(chosen, list):
-        chosen = count
-    if nodes < 1:
-        raise ValueError(f"trainer.num_nodes={nodes} must be at least 1.")
-    precision = str(cfg.trainer.precision)
-    if precision == "auto":
-        fits = accelerator == "gpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16-mixed" if fits else "32-true"
-    return Hardware(accelerator, chosen, nodes, precision)
-
-
 def _check_settings(cfg: DictConfig, hardware: Hardware) -> None:
     """Everything that can be wrong and be known before the data."""
     if not cfg.name:
         raise ValueError("the run has no name; type name=my-run.")
-    if str(cfg.trainer.strategy) not in ("auto", "ddp"):
-        raise ValueError(f"trainer.strategy={cfg.trainer.strategy!r} is unknown; use auto or ddp.")
     for key in ("trainer.max_steps", "trainer.val_check_interval", "trainer.log_every_n_steps"):
         value = OmegaConf.select(cfg, key)
         if int(value) < 1:
@@ -331,6 +273,8 @@ def _check_settings(cfg: DictConfig, hardware: Hardware) -> None:
         Masking.from_config(cfg.datamodule.masking, int(cfg.datamodule.max_length))
     sparse = pruner.check_pruner(cfg.pruner, "cuda" if hardware.accelerator == "gpu" else "cpu")
     pruner.schedule(cfg.pruner, int(cfg.trainer.max_steps))
+    strategies.check(cfg, hardware)
+    checkpoints.is_sharded(cfg.callbacks.checkpoint.format, False)
     diagnostics.every_n_steps(cfg)
     if sparse and cfg.pruner.mask == "wanda" and cfg.init_from is None:
         raise ValueError(
@@ -404,10 +348,7 @@ def _claim(
     cfg: DictConfig, log_dir: Path, directory: Path, found: checkpoints.Found | None
 ) -> None:
     """Make the folder of a run's checkpoints and write down its configuration."""
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoints.remove_leftovers(directory)
-    if found is None:
-        (directory / checkpoints.UNSAVED).touch()
+    checkpoints.claim(directory, fresh=found is None)
     _write_text(log_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
@@ -432,21 +373,8 @@ def _fit_to(
         log.info("the checkpoint has no adapters; they join at their start, untrained.")
     signature.set_position(content, step * accumulate)
     if rank_zero_only.rank == 0:
-        _complete_save(found, step)
+        checkpoints.complete(found)
     log.info("going on from step %d of %d (%s).", step, max_steps, found.path)
-
-
-def _complete_save(found: checkpoints.Found, step: int) -> None:
-    """Do what a process killed right after writing last.ckpt had left to do."""
-    directory, state = found.path.parent, found.content["slope"]["state"]
-    (directory / checkpoints.UNSAVED).unlink(missing_ok=True)
-    if found.path.name != checkpoints.LAST:
-        return
-    for name in state["copies"]:
-        if not (directory / name).exists():
-            checkpoints.copy(found.path, directory / name)
-    for old in state["dropped"]:
-        (directory / f"step_{old}.ckpt").unlink(missing_ok=True)
 
 
 def _rates(cfg: DictConfig, schedule: SlopeSchedule) -> LearningRates:
@@ -486,22 +414,17 @@ def _trainer(
     files: checkpoints.VerifiedCheckpointIO,
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
-    strategy: str | DDPStrategy = "auto"
-    if hardware.world_size > 1:
-        # Buffers are equal on every process. torch 2.13 has a new name for leaving them alone.
-        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        # Sleeping adapters take no part in the backward.
-        sleeping = schedule.lora_start is not None and schedule.lora_lazy
-        strategy = DDPStrategy(find_unused_parameters=sleeping, **{name: False})
     clip = cfg.trainer.gradient_clip_val
+    # Sleeping adapters take no part in the backward.
+    sleeping = schedule.lora_start is not None and schedule.lora_lazy
+    around = strategies.around(hardware)
     return pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        strategy=strategy,
-        precision=hardware.precision,
-        plugins=[files],
+        strategy=strategies.make(cfg, hardware, sleeping),
+        precision=around["precision"],
+        plugins=[files, *around["plugins"]],
         callbacks=callbacks,
         logger=_logger(cfg),
         max_steps=int(cfg.trainer.max_steps),
@@ -592,7 +515,9 @@ def _finish(
     _write_text(written["report"], f"{report}\n")
     _write_text(written["summary"], json.dumps(summary, indent=2) + "\n")
     text = None
-    if str(cfg.model.family) != "bert":
+    if strategies.is_sharded(cfg, hardware.world_size):
+        log.info("no sample: the weights are sharded; `slope generate` reads %s.", directory)
+    elif str(cfg.model.family) != "bert":
         # A finished run that was resumed has not trained a step.
         pruner.put_to_work(model, schedule, step)
         text = _sample(cfg, hardware, model, data.tokenizer)
@@ -626,8 +551,9 @@ def _plain(value: Any) -> Any:
 
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with clearly(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -668,8 +594,9 @@ def _run_log(log_dir: Path, first: bool) -> Iterator[None]:
     level = logger.level
     handlers: list[logging.Handler] = []
     if first:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(log_dir / "run.log", encoding="utf-8")
+        with clearly(log_dir / "run.log"):
+            log_dir.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(log_dir / "run.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
         if not logger.hasHandlers():

@@ -163,6 +163,11 @@ def check_pruner(cfg: Mapping[str, Any], device_type: str | None = None) -> bool
     return True
 
 
+def is_compressed(cfg: Mapping[str, Any]) -> bool:
+    """Whether a checked section asks for SLoPe's own layers, which store only the kept weights."""
+    return _settings(cfg, rules=_rules(cfg["rules"])).compressed
+
+
 def schedule(cfg: Mapping[str, Any], max_steps: int, adapters: bool = True) -> SlopeSchedule:
     """What the ``pruner`` section wants to happen at which optimizer step.
 
