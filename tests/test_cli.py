@@ -201,6 +201,14 @@ def test_printed_configuration_is_the_resolved_one(
     assert not runs
 
 
+def test_the_configuration_and_the_choices_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "experiment=demo", "name=x", "--json"]) == 0
+    cfg = OmegaConf.to_container(compose(["experiment=demo", "name=x"]), resolve=True)
+    assert json.loads(capsys.readouterr().out) == cfg
+    assert cli.main(["config", "--list", "--json"]) == 0
+    assert "adamw" in json.loads(capsys.readouterr().out)["optimizer"]
+
+
 def test_plot_finds_a_run_by_name_or_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

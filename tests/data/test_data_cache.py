@@ -397,3 +397,14 @@ def test_a_build_that_fails_leaves_no_thread_behind(settings, monkeypatch):
     # The error holds the frames of the build, and with them whatever they have not closed.
     assert caught.tb is not None
     assert not [thread for thread in threading.enumerate() if "tokenise" in thread.name]
+
+
+def test_a_flipped_bit_is_found_and_the_cache_built_again(settings, caplog):
+    good = prepare(settings, progress=False)
+    path = good.train.path
+    intact = path.read_bytes()
+    middle = len(intact) // 2
+    path.write_bytes(intact[:middle] + bytes([intact[middle] ^ 64]) + intact[middle + 1 :])
+    prepare(settings, progress=False)
+    assert "the checksum of train.bin is wrong; building it again" in caplog.text
+    assert path.read_bytes() == intact

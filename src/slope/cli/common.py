@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -43,8 +44,10 @@ def parser(command: str, about: str, epilog: str | None = None) -> argparse.Argu
     return made
 
 
-def print_config(overrides: Sequence[str], show_traceback: bool = False) -> int:
-    """Print the resolved configuration as YAML; the exit code."""
+def print_config(
+    overrides: Sequence[str], show_traceback: bool = False, as_json: bool = False
+) -> int:
+    """Print the resolved configuration as YAML or JSON; the exit code."""
     try:
         cfg = configs.compose(overrides)
     except ValueError as error:
@@ -52,7 +55,10 @@ def print_config(overrides: Sequence[str], show_traceback: bool = False) -> int:
 
     from omegaconf import OmegaConf
 
-    print(OmegaConf.to_yaml(cfg, resolve=True), end="")
+    if as_json:
+        print(json.dumps(OmegaConf.to_container(cfg, resolve=True), indent=2))
+    else:
+        print(OmegaConf.to_yaml(cfg, resolve=True), end="")
     return 0
 
 

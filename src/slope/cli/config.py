@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from slope import configs
 from slope.cli import common
 
@@ -10,6 +12,7 @@ _EPILOG = f"""\
 {common.OVERRIDES}
 examples:
   slope config experiment=owt/gpt2s pruner=slope
+  slope config experiment=demo --json
   slope config --list
 """
 
@@ -19,11 +22,16 @@ def run(arguments: list[str]) -> int:
     parser = common.parser("config", "Print the resolved configuration of a run as YAML.", _EPILOG)
     parser.add_argument("overrides", nargs="*", metavar="override", help="see below")
     parser.add_argument("--list", action="store_true", help="list the choices of every group")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     options = parser.parse_intermixed_args(arguments)
     if not options.list:
-        return common.print_config(options.overrides, options.traceback)
-    for group in configs.groups():
+        return common.print_config(options.overrides, options.traceback, options.json)
+    choices = {group: list(configs.choices(group)) for group in configs.groups()}
+    if options.json:
+        print(json.dumps(choices, indent=2))
+        return 0
+    for group, names in choices.items():
         print(f"{group}:")
-        for name in configs.choices(group):
+        for name in names:
             print(f"  {name}")
     return 0

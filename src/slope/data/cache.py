@@ -233,7 +233,7 @@ def _open_when_visible(directory: Path, key: str, verify: bool, patience: float)
     end, pause = time.monotonic() + patience, 0.05
     while True:
         try:
-            return open_cache(directory, key, verify=verify)
+            return _open_unchanged(directory, key, verify)
         except (FileNotFoundError, UnusableCacheError) as error:
             if time.monotonic() >= end:
                 why = str(error) if isinstance(error, UnusableCacheError) else "no such folder"
@@ -320,7 +320,7 @@ def _build(
             _write_meta(folder, key, identity, config, tokenizer, dtype, splits)
             with contextlib.suppress(FileNotFoundError, UnusableCacheError):
                 # Another node was quicker, unseen: processes that read its files keep them.
-                return open_cache(directory, key)
+                return open_cache(directory, key, verify=True)
             _replace(folder, directory)
     train, val = splits["train"], splits["val"]
     _log.info(
