@@ -165,7 +165,7 @@ class Campaign:
             length = draw.randint(3, 6)
             while len(pool) < length:
                 pool += draw.sample(kinds, len(kinds))
-            yield number, name, [pool.pop() for _ in range(length)]
+            yield number, name, [pool.pop(0) for _ in range(length)]
             number, made = number + 1, made + length
 
 
@@ -490,7 +490,9 @@ class Break:
         fault.codes = " ".join(str(code) for code in self.codes)
         fault.after = newest(self.checkpoints)
         damaged = fault.kind in ("truncated file", "flipped byte")
-        finished = finished_saves(self.folder, "async" in self.setting)
+        # Rows of a run whose last checkpoint was damaged stay until the next one has begun.
+        wrote = steps_logged(self.folder) != self.rows
+        finished = finished_saves(self.folder, "async" in self.setting) if wrote else 0
         if not damaged and fault.after < max(finished, fault.before):
             fault.problem += (
                 f" lost: step {fault.after} is the newest, {fault.before} was before, {finished} "
@@ -509,7 +511,7 @@ class Break:
         if fault.message and damaged and not re.search(SAID[fault.kind], fault.message):
             fault.problem += f" an unclear refusal: {fault.message}"
         found = launch.resumed()
-        if steps_logged(self.folder) == self.rows and not found:
+        if not wrote and not found:
             return -1  # it did not come so far as to say it
         if found != fault.before:
             fault.problem += f" went on from step {found} while {fault.before} was the newest"

@@ -108,7 +108,7 @@ def open_cache(directory: Path, key: str, *, verify: bool = False) -> TokenCache
     try:
         meta = json.loads((directory / _META).read_bytes())
         checksum = meta.pop("checksum")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnusableCacheError(f"{_META} cannot be read ({error})") from error
     if checksum != hashlib.sha256(_canonical(meta)).hexdigest():
         raise UnusableCacheError(f"the checksum of {_META} is wrong")
