@@ -197,6 +197,7 @@ def _run(
         MaskCheck(int(cfg.trainer.check_masks_every_n_steps)),
         loop,
     ]
+    strategies.rejoin(hardware)
     trainer = _trainer(cfg, hardware, accumulate, schedule, files, callbacks)
     batches = TrainBatches(
         BatchLoader(

@@ -16,12 +16,14 @@ of whole tensors.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from pytorch_lightning.plugins import DoublePrecision
 from pytorch_lightning.plugins.environments import SLURMEnvironment
@@ -183,6 +185,24 @@ def around(hardware: Hardware) -> dict[str, Any]:
         return {"precision": hardware.precision, "plugins": plugins}
     # By name the trainer would refuse doubles for sharded models.
     return {"precision": None, "plugins": [*plugins, DoublePrecision()]}
+
+
+def rejoin(hardware: Hardware) -> None:
+    """Let processes that torchrun has started again find each other, and not those before them.
+
+    torchrun's store outlives its processes, so in it are still the addresses of the dead; whoever
+    starts first would call one of them.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or hardware.world_size == 1 or dist.is_initialized():
+        return
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if hardware.accelerator == "gpu" else "gloo",
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def save_in_parts(strategy: Strategy) -> None:
