@@ -407,7 +407,7 @@ def test_unknown_versions_and_other_tools_are_errors(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("layers"), "'layers' is missing"),
+        (lambda d: d.pop("layers"), "'layers' is None; export"),
         (lambda d: d["layers"]["up"].pop("pattern"), "damaged at layer 'up'"),
         (lambda d: d["layers"]["up"].update(pattern="4:2"), "4:2"),
         (lambda d: d["layers"]["up"].update(pattern="1:4"), "has shape"),

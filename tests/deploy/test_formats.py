@@ -209,7 +209,7 @@ def test_missing_and_truncated_shards_are_errors(sharded):
     with pytest.raises(ValueError, match=f"{shard.name}' is truncated"):
         slope.load_pretrained(folder)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{shard.name}' is missing; the export is incompl"):
+    with pytest.raises(FileNotFoundError, match=f"{shard.name}' is missing; the folder is incompl"):
         slope.load_pretrained(folder)
 
 

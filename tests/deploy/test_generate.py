@@ -63,11 +63,14 @@ def test_a_folded_model_says_the_same(make_model, tokenizer):
 def test_the_context_is_a_limit(make_model, tokenizer):
     model = make_model()
     long = "the city " * 40
-    with pytest.raises(ValueError, match=r"prompt 2 has \d+ tokens, and the model's context holds"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompt 2 \('the city .*'…\) has \d+ tokens, and the model's context holds",
+    ):
         generate(model, tokenizer, ["the", long], GREEDY)
     size = len(tokenizer("the city")["input_ids"])
     message = (
-        f"{size} tokens of prompt and 32 new .*context of 32; type --max-new-tokens {32 - size}"
+        rf"prompt 1 .* has {size} tokens; with 32 new ones .* type --max-new-tokens {32 - size}, or"
     )
     with pytest.raises(ValueError, match=message):
         generate(model, tokenizer, ["the city"], Sampling(max_new_tokens=32))

@@ -10,6 +10,7 @@ from typing import Any
 
 from slope.cli import common
 from slope.cli.generate import EPILOG_CHECKPOINT, add_source, open_source
+from slope.pattern import NMPattern
 
 ABOUT = "write a checkpoint as a folder for slope, transformers or peft"
 _EPILOG = f"""\
@@ -40,15 +41,24 @@ def parse(arguments: list[str]) -> Namespace:
     add("--output", type=Path, required=True, metavar="DIR", help="the folder to make")
     add("--fold", action="store_true", help="hf: add the adapters into the weights")
     add("--sparsify", choices=("magnitude", "wanda", "zeros"), help="for a dense checkpoint")
-    add("--pattern", default="2:4", metavar="N:M", help="of --sparsify; default: 2:4")
+    add("--pattern", metavar="N:M", help="of --sparsify; default: 2:4")
     add("--calibration", type=Path, metavar="FILE", help="text for --sparsify wanda")
     add("--force", action="store_true", help="replace an earlier export of that name")
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_intermixed_args(arguments)
     if options.fold and options.format != "hf":
         parser.error("--fold goes with --format hf: the other formats keep adapters apart")
-    if options.calibration is not None and options.sparsify is None:
-        parser.error("--calibration goes with --sparsify wanda")
+    if options.pattern is not None and options.sparsify is None:
+        parser.error("--pattern goes with --sparsify, which makes a dense checkpoint sparse")
+    if options.calibration is not None and options.sparsify != "wanda":
+        parser.error("--calibration goes with --sparsify wanda: only wanda reads text")
+    if options.calibration is None and options.sparsify == "wanda":
+        parser.error("--sparsify wanda needs --calibration <a text file>")
+    options.pattern = options.pattern or "2:4"
+    try:
+        NMPattern.parse(options.pattern)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 
@@ -85,10 +95,15 @@ def run(arguments: list[str]) -> int:
 
 def _write(source: Any, options: Namespace) -> dict[str, Any]:
     import slope
-    from slope.convert import pruned_layers
+    from slope.convert import adapted_layers, pruned_layers
     from slope.export import save_dense, save_peft
 
     model, output, force = source.model, options.output, options.force
+    if options.format == "slope" and not any(True for _ in adapted_layers(model)):
+        raise ValueError(
+            f"'{source.path}' is dense, so there is nothing to compress; type --sparsify magnitude "
+            "to make it sparse, or --format hf."
+        )
     methods = {layer.method.name for _, layer in pruned_layers(model)}
     for method in sorted(methods & {"static-input", "dynamic-input"}):
         print(f"note: what {method} prunes of inputs is in no weight; it is lost", file=sys.stderr)

@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> int:
     options = parse(arguments)
     prompts = options.prompt or _read_prompts(options.prompts_file)
 
-    from slope.deploy.generate import Sampling, generate
+    from slope.deploy.generate import Sampling, encode, generate
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     try:
@@ -70,6 +70,7 @@ def run(arguments: list[str]) -> int:
             f"'{source.path}' comes without a tokenizer; type --tokenizer <a tokenizer.json, or a "
             "folder that holds one>."
         )
+    encode(source.model, source.tokenizer, prompts, sampling)  # all of them, before the first
     model = prepared(source.model, options)
     stream = len(prompts) == 1 and not options.json
     results: list[dict[str, Any]] = []
@@ -130,15 +131,19 @@ def open_source(options: Namespace, training: bool = True) -> Any:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    if str(path) == "-":
-        text = sys.stdin.read()
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        raise FileNotFoundError(f"no file '{path}' with prompts.")
+    name = "standard input" if str(path) == "-" else f"'{path}'"
+    if str(path) != "-" and not path.is_file():
+        raise FileNotFoundError(f"no file {name} with prompts.")
+    try:
+        # -sig: editors of Windows put a mark at the beginning.
+        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode(
+            "utf-8-sig"
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no text in UTF-8 ({error}); convert it with iconv.") from error
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise ValueError(f"'{path}' holds no prompt; write one per line.")
+        raise ValueError(f"{name} holds no prompt; write one per line.")
     return prompts
 
 

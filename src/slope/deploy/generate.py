@@ -42,6 +42,8 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k} must be 0 (all tokens) or more.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1 (all tokens).")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2**64 - 1.")
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,8 @@ def generate(
         ValueError: if the model cannot generate, or a prompt and the new tokens exceed its context.
     """
     sampling = sampling or Sampling()
-    if not getattr(model, "can_generate", bool)():
-        raise ValueError(
-            f"{type(model).__name__} is no causal language model, so it cannot generate text."
-        )
+    ids, new = encode(model, tokenizer, prompts, sampling)
     end = tokenizer.eos_token_id
-    ids = [_encode(tokenizer, prompt, end) for prompt in prompts]
-    new = _room(model, ids, sampling.max_new_tokens)
     longest = max(map(len, ids))
     padding = 0 if end is None else end
     batch = torch.tensor([[padding] * (longest - len(row)) + row for row in ids])
@@ -123,6 +120,22 @@ def generate(
     return Generated(texts, [len(row) for row in rows], seconds)
 
 
+def encode(
+    model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling
+) -> tuple[list[list[int]], int]:
+    """Token ids of each prompt, and how many tokens to add to them at most.
+
+    Raises:
+        ValueError: as :func:`generate` does.
+    """
+    if not getattr(model, "can_generate", bool)():
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model, so it cannot generate text."
+        )
+    ids = [_encode(tokenizer, prompt, tokenizer.eos_token_id) for prompt in prompts]
+    return ids, _room(model, prompts, ids, sampling.max_new_tokens)
+
+
 def _encode(tokenizer: Any, prompt: str, end: int | None) -> list[int]:
     ids = list(tokenizer(prompt, verbose=False)["input_ids"]) if prompt else []
     if ids:
@@ -135,21 +148,23 @@ def _encode(tokenizer: Any, prompt: str, end: int | None) -> list[int]:
     return [end]
 
 
-def _room(model: Any, ids: list[list[int]], wanted: int | None) -> int:
+def _room(model: Any, prompts: Sequence[str], ids: list[list[int]], wanted: int | None) -> int:
     """How many tokens to add at most."""
     context = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, ids))
     if context is None:
         return wanted or _NEW_TOKENS
+    place = [len(row) for row in ids].index(longest)
+    which = f"prompt {place + 1} ({prompts[place][:30]!r}…)"
     if longest >= context:
         raise ValueError(
-            f"prompt {[len(row) for row in ids].index(longest) + 1} has {longest} tokens, and the "
-            f"model's context holds {context}, new tokens included; shorten the prompt."
+            f"{which} has {longest} tokens, and the model's context holds {context}, new tokens "
+            "included; shorten the prompt."
         )
     if wanted is not None and longest + wanted > context:
         raise ValueError(
-            f"{longest} tokens of prompt and {wanted} new ones exceed the model's context of "
-            f"{context}; type --max-new-tokens {context - longest}, or shorten the prompt."
+            f"{which} has {longest} tokens; with {wanted} new ones they exceed the model's context "
+            f"of {context}; type --max-new-tokens {context - longest}, or shorten the prompt."
         )
     return wanted or min(_NEW_TOKENS, context - longest)
 

@@ -53,7 +53,13 @@ def prune(
             else f"--calibration with --sparsify {by} has no meaning: only wanda reads text."
         )
     if by == "zeros":
-        return prune_by_zeros(model, pattern)
+        try:
+            return prune_by_zeros(model, pattern)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Are the zeros of another pattern (--pattern)? To choose masks anew, type "
+                "--sparsify magnitude."
+            ) from error
     batches = None
     if calibration is not None:
         batches = _batches(model, tokenizer, Path(calibration))
@@ -80,10 +86,7 @@ def prune_by_zeros(model: nn.Module, pattern: str = "2:4") -> SparsityReport:
         if linear is not head and _has_zeros(name, dense_weight(linear), parsed)
     ]
     if not chosen:
-        raise ValueError(
-            f"no linear layer holds the zeros of {pattern}; to choose masks now, type --sparsify "
-            "magnitude."
-        )
+        raise ValueError(f"no linear layer holds the zeros of {pattern}.")
     return sparsify(model, SparsityConfig(pattern=pattern, rules=(*chosen, ("*", "dense"))))
 
 
@@ -102,10 +105,7 @@ def _has_zeros(name: str, weight: Tensor, pattern: NMPattern) -> bool:
         found = f"row {row}, group {group} holds {int(kept[row, group])} non-zeros of {pattern.m}"
     else:
         found = f"its {rows} x {columns} weights make no groups of {pattern.m}"
-    raise ValueError(
-        f"layer {name!r} is {zeros:.1%} zeros and not {pattern}: {found}. Is it of another pattern "
-        "(--pattern), or pruned by another method? --sparsify magnitude chooses masks anew."
-    )
+    raise ValueError(f"layer {name!r} is {zeros:.1%} zeros and not {pattern}: {found}.")
 
 
 def _batches(model: Any, tokenizer: Any, path: Path) -> Iterator[dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from slope.adapters import Adapter
 from slope.convert import sparse_layers
 from slope.deploy.prune import prune_by_zeros
-from slope.export.load import parameters_on_meta
+from slope.export.load import parameters_on_meta, reason
 from slope.training import checkpoint as checkpoints
 
 _PREFIX = "model."
@@ -72,17 +72,23 @@ def load(path: Path, heads: int | None = None) -> Any:
 
     state, adapters = _translate(path, _read(path / _SHARDED if path.is_dir() else path))
     rows, width = _shape(path, state, "transformer.wte.weight")
-    heads = _HEADS.get(width, 0) if heads is None else heads
+    if heads is None and width not in _HEADS:
+        raise ValueError(
+            f"'{path}' is {width} wide and does not hold its number of attention heads; type "
+            "--heads <the model's n_head>."
+        )
+    heads = _HEADS[width] if heads is None else heads
     if heads < 1 or width % heads:
         raise ValueError(
-            f"'{path}' is {width} wide and does not hold its number of attention heads, and "
-            f"{heads or 'none'} is not it; type --heads <the model's n_head>."
+            f"'{path}' is {width} wide, so heads={heads} does not divide it; type --heads <the "
+            "model's n_head>."
         )
+    blocks = {int(number) for number in re.findall(r"\.h\.(\d+)\.", " ".join(state))}
     config = GPT2Config(
         vocab_size=rows,
         n_positions=_shape(path, state, "transformer.wpe.weight")[0],
         n_embd=width,
-        n_layer=1 + max(int(n) for n in re.findall(r"\.h\.(\d+)\.", " ".join(state))),
+        n_layer=1 + max(blocks, default=0),
         n_head=heads,
         n_inner=_shape(path, state, "transformer.h.0.mlp.c_fc.weight")[1],
         scale_attn_by_inverse_layer_idx=True,  # in all published configurations
@@ -96,9 +102,12 @@ def load(path: Path, heads: int | None = None) -> Any:
     model.tie_weights()
     try:
         prune_by_zeros(model, "2:4")
+        _attach(model, adapters)
     except ValueError as error:
-        raise ValueError(f"'{path}': {error}") from error
-    _attach(path, model, adapters)
+        raise ValueError(
+            f"'{path}': {error} The published code writes layers that are 2:4 or dense, and their "
+            "adapters; is the file damaged, or of another method?"
+        ) from error
     return model
 
 
@@ -106,21 +115,30 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a Lightning checkpoint; everything else in it stays unread."""
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+    names: list[str] = []
     try:
-        ignored: Any = [(_Ignored, name) for name in get_unsafe_globals_in_checkpoint(path)]
+        names = get_unsafe_globals_in_checkpoint(path)
+        ignored: Any = [(_Ignored, name) for name in names]
         with safe_globals(ignored):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except pickle.UnpicklingError as error:
         raise ValueError(
-            f"'{path}' is damaged, no checkpoint, or holds what cannot be read without running its "
-            f"code ({reason})."
+            f"'{path}' holds what cannot be read without running its code "
+            f"({', '.join(names[:3]) or reason(error)}); nothing of it was run. Do not trust it."
+        ) from error
+    except (RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"'{path}' is damaged or no checkpoint ({reason(error)}); copy it again."
         ) from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     if isinstance(content, dict) and "slope" in content:
         checkpoints.load(path)  # one of ours without its end: says so
-    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
-        raise ValueError(f"'{path}' is no checkpoint of Lightning: it has no 'state_dict'.")
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
+    ):
+        raise ValueError(
+            f"'{path}' is no checkpoint of Lightning: it has no 'state_dict' of named tensors."
+        )
     return state
 
 
@@ -170,7 +188,7 @@ def _check(path: Path, state: dict[str, Tensor], model: Any) -> None:
             )
 
 
-def _attach(path: Path, model: Any, adapters: dict[str, Tensor]) -> None:
+def _attach(model: Any, adapters: dict[str, Tensor]) -> None:
     """Their output is x·left·right / rank: down is left transposed, up is right transposed."""
     layers = dict(sparse_layers(model))
     names = sorted({name.rpartition(".")[0] for name in adapters})
@@ -181,13 +199,14 @@ def _attach(path: Path, model: Any, adapters: dict[str, Tensor]) -> None:
             layer is not None
             and left is not None
             and right is not None
-            and left.shape == (layer.in_features, left.shape[-1])
-            and right.shape == (left.shape[-1], layer.out_features)
+            and left.dim() == 2
+            and left.shape[0] == layer.in_features
+            and right.shape == (left.shape[1], layer.out_features)
         )
         if not fits or layer is None or left is None or right is None:
             shapes = [None if t is None else tuple(t.shape) for t in (left, right)]
             raise ValueError(
-                f"'{path}': the adapter of {name} has shapes lora_left {shapes[0]} and lora_right "
+                f"the adapter of {name} has shapes lora_left {shapes[0]} and lora_right "
                 f"{shapes[1]}, which do not fit a sparse layer there."
             )
         layer.add_adapter(left.shape[1])

@@ -6,6 +6,7 @@ is run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +16,20 @@ from typing import Any
 import torch
 
 from slope.deploy import published
+from slope.export.dense import ADAPTER_CONFIG
 from slope.export.layout import CONFIG_FILE, SLOPE_FILE
 from slope.export.load import (
+    Weights,
     load_pretrained,
     model_class,
     parameters_on_meta,
+    read_config,
     read_description,
+    reason,
 )
 from slope.export.save import vocabulary
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -82,6 +89,7 @@ def open_source(
         RuntimeError: if no checkpoint of a run is usable.
     """
     path = find(given)
+    _check_kind(path, heads)
     expected, found = None, None
     if path.is_dir() and (path / SLOPE_FILE).is_file():
         expected = read_description(path).get("vocabulary")
@@ -101,6 +109,25 @@ def open_source(
     return Source(path, model.eval(), found)
 
 
+def _check_kind(path: Path, heads: int | None) -> None:
+    """Turn down what is near to a checkpoint, and an option that has no meaning for this one."""
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"'{path}' holds tensors without their configuration; give the folder '{path.parent}'."
+        )
+    if path.is_dir() and (path / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"'{path}' holds an adapter of peft ({ADAPTER_CONFIG}), which goes onto a model that "
+            "transformers has loaded; merge the two with peft's merge_and_unload() and "
+            "save_pretrained(), and give that folder."
+        )
+    if heads is not None and ((path / CONFIG_FILE).is_file() or not published.is_published(path)):
+        raise ValueError(
+            f"heads={heads} is for a .ckpt of the published code, and '{path}' says how many it "
+            "has; leave --heads away."
+        )
+
+
 def _of_run(path: Path) -> tuple[Any, int, Any]:
     """Model, entries of the vocabulary and tokenizer of a checkpoint of a run."""
     from slope.data.tokenizer import from_plain
@@ -111,25 +138,33 @@ def _of_run(path: Path) -> tuple[Any, int, Any]:
     if path.is_dir() and not checkpoints.saved(path):
         raise FileNotFoundError(
             f"'{path}' holds no checkpoint: neither last.ckpt or step_<k>.ckpt of a run, nor "
-            f"{SLOPE_FILE}, nor {CONFIG_FILE}; give the file itself."
+            f"{SLOPE_FILE}, nor {CONFIG_FILE}; give the file itself, or the whole folder that it "
+            "was copied from."
         )
     weights = initial.read(path)
     content = weights.content
     assert content is not None
-    saved, prefix = content["slope"]["signature"], "model.config."
-    # Checkpoints of earlier versions have none.
-    plain = content["slope"].get("tokenizer")
+    prefix = "model.config."
+    try:
+        saved = content["slope"]["signature"]
+        # Checkpoints of earlier versions have none.
+        plain = content["slope"].get("tokenizer")
+        section = {
+            "family": saved["model.family"],
+            "config": {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)},
+        }
+        entries, length = int(saved["vocabulary"]), int(saved["datamodule.max_length"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"'{weights.path}' does not say what model it is of ({type(error).__name__}: {error}), "
+            "so no run of slope wrote it; give another checkpoint."
+        ) from error
     tokenizer = None if plain is None else from_plain(plain)
-    section = {
-        "family": saved["model.family"],
-        "config": {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)},
-    }
-    entries = int(saved["vocabulary"])
     with parameters_on_meta():
         model = build_model(
             section,
             entries,
-            int(saved["datamodule.max_length"]),
+            length,
             eos_token_id=getattr(tokenizer, "eos_token_id", None),
         )
     initial.restore(model, weights)
@@ -138,7 +173,6 @@ def _of_run(path: Path) -> tuple[Any, int, Any]:
 
 def _from_transformers(path: Path) -> Any:
     import transformers
-    from safetensors import SafetensorError
 
     if not any(path.glob("*.safetensors")):
         raise ValueError(
@@ -146,29 +180,45 @@ def _from_transformers(path: Path) -> Any:
             "they may run code; convert them with transformers' "
             "save_pretrained(safe_serialization=True)."
         )
+    config = read_config(path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"'{path}' holds quantised weights (quantization_config in its {CONFIG_FILE}), which "
+            "are not read; give the folder of the model in bf16, fp16 or fp32."
+        )
+    Weights(path, "cpu")  # names the file that is damaged; transformers does not
+    kind: Any = transformers.AutoModelForCausalLM
+    if config.architectures:
+        kind = model_class(config.architectures[0])
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **_LOCAL)
-        kind: Any = transformers.AutoModelForCausalLM
-        if config.architectures:
-            kind = model_class(config.architectures[0])
         model, info = kind.from_pretrained(
             path,
             **_LOCAL,
             dtype="auto",
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error, below, that names them
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
-            f"transformers cannot load '{path}': {str(error).strip() or type(error).__name__}. "
-            "Is a file missing or cut off? Copy the folder again."
+            f"transformers cannot load '{path}' ({reason(error)}); copy the folder again."
         ) from error
-    wrong = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
-    if wrong:
+    for name, there, here in sorted(info["mismatched_keys"]):
         raise ValueError(
-            f"'{path}' is incomplete: it has no {', '.join(wrong[:3])} as its {CONFIG_FILE} asks "
-            f"for ({len(wrong)} tensors in all); copy the folder again."
+            f"tensor {name} of '{path}' has shape {tuple(there)}, and its {CONFIG_FILE} asks for "
+            f"{tuple(here)}; copy the folder again."
         )
+    missing, unread = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise ValueError(
+            f"'{path}' is incomplete: it has no {', '.join(missing[:3])} as its {CONFIG_FILE} asks "
+            f"for ({len(missing)} tensors in all); copy the folder again."
+        )
+    if unread:
+        log.warning(
+            "'%s' holds %d tensors that %s does not have; they are left out: %s",
+            path, len(unread), type(model).__name__, ", ".join(unread[:3]),
+        )  # fmt: skip
     return model
 
 
@@ -186,7 +236,7 @@ def _read_tokenizer(path: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, **_LOCAL)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise ValueError(
-            f"'{path}' is no tokenizer that can be read ({error}); type --tokenizer <a "
+            f"'{path}' is no tokenizer that can be read ({reason(error)}); type --tokenizer <a "
             "tokenizer.json, or a folder that holds one>."
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import uuid
@@ -29,10 +30,13 @@ def new_folder(directory: str | Path, force: bool) -> Iterator[Path]:
         OSError: if it cannot be written; what was there before has not been changed.
     """
     directory = Path(directory).resolve()
+    _clear_up(directory)
     _check_target(directory, force)
     draft = _beside(directory, "new")
+    lock = None
     try:
         draft.mkdir(parents=True)
+        lock = _lock(draft)
         yield draft
         readable = draft.stat().st_mode & 0o666
         for path in draft.rglob("*"):
@@ -47,6 +51,36 @@ def new_folder(directory: str | Path, force: bool) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _clear_up(directory: Path) -> None:
+    """Remove the drafts of processes that were killed, and bring back what they put aside."""
+    for aside in directory.parent.glob(f".{directory.name}.old-*"):
+        if directory.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, directory)
+    for draft in directory.parent.glob(f".{directory.name}.new-*"):
+        lock = _lock(draft)
+        if lock is not None:  # else somebody writes it
+            shutil.rmtree(draft, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(draft: Path) -> int | None:
+    """A lock on a folder, which ends with the process; None if another one has it."""
+    try:
+        descriptor = os.open(draft, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _check_target(directory: Path, force: bool) -> None:
@@ -83,7 +117,7 @@ def _move_into_place(draft: Path, directory: Path) -> None:
         except OSError:
             os.replace(aside, directory)
             raise
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)  # the next export tries again
     else:
         os.replace(draft, directory)
     _sync(directory.parent)

@@ -32,6 +32,8 @@ from slope.export.save import sha256
 from slope.linear import SlopeLinear
 from slope.methods import PrunedLinear
 
+_KINDS = {"bitmask": "uint8", "column_mask": "uint8", "shape": "int64"}  # all else is float
+
 
 def load_pretrained(
     directory: str | Path,
@@ -68,9 +70,9 @@ def load_pretrained(
     """
     directory = Path(directory)
     description = read_description(directory)
+    weights = Weights(directory, device)
     if verify:
-        _verify(directory, description)
-    weights = _Weights(directory, device)
+        _verify(directory, description, weights)
     layers = _layers(description, weights, backend)
     if model is None:
         model = _build(directory, description)
@@ -108,7 +110,7 @@ def read_description(directory: Path) -> dict[str, Any]:
         )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' is damaged ({error}); export the model again.") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"'{path}' does not describe a {FORMAT!r} export; is it another tool's?")
@@ -119,34 +121,49 @@ def read_description(directory: Path) -> dict[str, Any]:
             f"{' and '.join(map(str, READABLE_VERSIONS))}. Upgrade with pip install --upgrade "
             "slope-llm."
         )
-    for key, kind in (("layers", dict), ("tied", dict), ("buffers", list)):
+    if version == 1:
+        description.setdefault("files", {})  # it had no checksums
+    kinds: dict[str, Any] = {"layers": dict, "tied": dict, "buffers": list, "files": dict}
+    kinds["vocabulary"] = (int, type(None))
+    for key, kind in kinds.items():
         if not isinstance(description.get(key), kind):
-            raise ValueError(f"'{path}' is damaged: {key!r} is missing; export the model again.")
+            raise ValueError(
+                f"'{path}' is damaged: {key!r} is {str(description.get(key))[:40]}; export the "
+                "model again."
+            )
     names = [*description["tied"].values(), *description["buffers"]]
-    if not all(isinstance(name, str) for name in names) or not isinstance(
-        description.get("files", {}), dict
-    ):
+    if not all(isinstance(name, str) for name in names):
         raise ValueError(f"'{path}' is damaged: a name is no text; export the model again.")
     return description
 
 
-class _Weights:
-    """The safetensors files of an export, open for reading, with the shapes of their headers."""
+class Weights:
+    """The safetensors files of a folder, open for reading, with the shapes of their headers.
+
+    Args:
+        directory: an export, or a folder of `transformers`.
+        device: where tensors go.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if one is damaged, or the index and the shards differ.
+    """
 
     def __init__(self, directory: Path, device: torch.device | str) -> None:
         from safetensors import SafetensorError, safe_open
 
         self.path = directory / WEIGHTS_FILE
-        files = [WEIGHTS_FILE]
-        if (directory / INDEX_FILE).is_file():
+        index: dict[str, str] | None = None
+        if not self.path.is_file() and (directory / INDEX_FILE).is_file():
             self.path = directory / INDEX_FILE
-            files = _shards(self.path)
+            index = _read_index(self.path)
         self._files: dict[str, Any] = {}
-        for name in files:
+        self.files = [WEIGHTS_FILE] if index is None else sorted(set(index.values()))
+        for name in self.files:
             path = directory / name
             if not path.is_file():
                 raise FileNotFoundError(
-                    f"'{path}' is missing; the export is incomplete, copy or make it again."
+                    f"'{path}' is missing; the folder is incomplete, copy or make it again."
                 )
             try:
                 opened = safe_open(path, framework="pt", device=str(device))
@@ -155,42 +172,61 @@ class _Weights:
                     f"'{path}' is truncated or no safetensors file ({error}); copy or export it "
                     "again."
                 ) from error
-            self._files |= dict.fromkeys(opened.keys(), opened)
+            keys = set(opened.keys())
+            listed = keys if index is None else {key for key in index if index[key] == name}
+            if listed - keys or self._files.keys() & keys:
+                wrong = sorted(listed - keys or self._files.keys() & keys)[0]
+                raise ValueError(
+                    f"'{self.path}' and its shards do not belong together: tensor {wrong!r} is "
+                    + ("not in" if wrong in listed - keys else "a second time in")
+                    + f" '{name}'; copy or make the folder again."
+                )
+            self._files |= dict.fromkeys(keys, opened)
         self.names = self._files.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, from the header."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def get_tensor(self, name: str) -> Tensor:
+        """A tensor; on the CPU it is mapped, not read."""
         return self._files[name].get_tensor(name)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, from the header."""
         sliced = self._files[name].get_slice(name)
         return sliced[:0].dtype if len(sliced.get_shape()) else self.get_tensor(name).dtype
 
 
-def _shards(index: Path) -> list[str]:
-    """File names in an index; none of them outside the folder."""
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name; no file is outside the folder."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
+        index: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if any(Path(name).name != name for name in index.values()):
             raise ValueError("a shard is in another folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{index}' is damaged ({error}); export the model again.") from error
-    return names
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"'{path}' is damaged ({error}); copy or make it again.") from error
+    return index
 
 
-def _verify(directory: Path, description: dict[str, Any]) -> None:
-    for name, digest in description.get("files", {}).items():
-        path = directory / Path(name).name
-        if path.is_file() and sha256(path) != digest:
+def _verify(directory: Path, description: dict[str, Any], weights: Weights) -> None:
+    files = description["files"]
+    for path in (directory / Path(name).name for name in files):
+        if path.is_file() and sha256(path) != files[path.name]:
             raise ValueError(
                 f"'{path}' is not the file that was exported (its SHA-256 differs from that in "
                 f"{SLOPE_FILE}); copy or export it again."
             )
+    there = {*weights.files, *(path.name for path in directory.glob("model*.safetensors"))}
+    foreign = sorted(there ^ files.keys())
+    if foreign and description["format_version"] > 1:
+        raise ValueError(
+            f"'{directory / foreign[0]}' is in the folder or in {SLOPE_FILE}, but not in both: two "
+            "exports are mixed up, copy or export it again."
+        )
 
 
-def _layers(description: dict[str, Any], weights: _Weights, backend: str) -> dict[str, SlopeLinear]:
+def _layers(description: dict[str, Any], weights: Weights, backend: str) -> dict[str, SlopeLinear]:
     """The sparse layers without storage; their tensors in the file have the right shapes."""
     layers = {}
     for name, entry in description["layers"].items():
@@ -200,9 +236,10 @@ def _layers(description: dict[str, Any], weights: _Weights, backend: str) -> dic
                 f"'{weights.path}' has no tensor {values!r}, but {SLOPE_FILE} lists layer "
                 f"{name!r}; the two do not belong together."
             )
+        _check_kind(weights, values, "float")
         try:
             layer = layer_from(entry, weights.dtype(values), backend)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(
                 f"{SLOPE_FILE} is damaged at layer {name!r} ({type(error).__name__}: {error}); "
                 "export the model again."
@@ -210,17 +247,22 @@ def _layers(description: dict[str, Any], weights: _Weights, backend: str) -> dic
         shapes = expected_shapes(layer, entry)
         for leaf, shape in shapes.items():
             _check_shape(weights, join(name, leaf), shape)
-        for leaf in shapes.keys() & {"bitmask", "column_mask"}:
-            if weights.dtype(join(name, leaf)) != torch.uint8:
-                raise ValueError(
-                    f"tensor {join(name, leaf)!r} is {weights.dtype(join(name, leaf))}, not uint8; "
-                    "the file is damaged or of another tool."
-                )
+            _check_kind(weights, join(name, leaf), _KINDS.get(leaf, "float"))
         layers[name] = layer
     return layers
 
 
-def _check_shape(weights: _Weights, name: str, shape: tuple[int, ...]) -> None:
+def _check_kind(weights: Weights, name: str, kind: str) -> None:
+    dtype = weights.dtype(name)
+    found = "float" if dtype.is_floating_point else str(dtype).removeprefix("torch.")
+    if found != kind:
+        raise ValueError(
+            f"tensor {name!r} of '{weights.path}' is {dtype}, not {kind}; the file is damaged or "
+            "of another tool."
+        )
+
+
+def _check_shape(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
     if name not in weights.names:
         raise ValueError(f"'{weights.path}' has no tensor {name!r}; the file is incomplete.")
     if weights.shape(name) != shape:
@@ -244,14 +286,53 @@ def _build(directory: Path, description: dict[str, Any]) -> nn.Module:
     attention = description.get("attn_implementation")
     if attention in ("eager", "sdpa"):  # others need packages that may not be here
         options["attn_implementation"] = attention
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, **options)
     kind = model_class(description.get("architecture"))
-    with parameters_on_meta():
-        model = kind(config)
-    if (directory / "generation_config.json").is_file():
-        generation = transformers.GenerationConfig.from_pretrained(directory)
-        model.generation_config = generation
+    config = read_config(directory, **options)
+    try:
+        with parameters_on_meta():
+            model = kind(config)
+        if (directory / "generation_config.json").is_file():
+            generation = transformers.GenerationConfig.from_pretrained(directory)
+            model.generation_config = generation
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"'{directory}' describes no {kind.__name__} ({reason(error)}); copy its {CONFIG_FILE} "
+            "and generation_config.json again."
+        ) from error
     return model
+
+
+def read_config(directory: Path, **options: Any) -> Any:
+    """The configuration of a folder; no code of it is run.
+
+    Raises:
+        ValueError: if it is damaged, or of no model that `transformers` knows.
+    """
+    import transformers
+
+    path = directory / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = transformers.CONFIG_MAPPING
+        if not isinstance(content, dict) or content.get("model_type") not in known:
+            found = content.get("model_type") if isinstance(content, dict) else content
+            raise ValueError(
+                f"model_type is {found!r}, which transformers {transformers.__version__} does not "
+                "know: pip install --upgrade transformers"
+            )
+        return transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"'{path}' cannot be used ({reason(error)}); if it is damaged, copy it again."
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """First line of an error of another library."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".: ")[:200] if lines else type(error).__name__
 
 
 def model_class(name: Any) -> Any:
@@ -296,7 +377,7 @@ def _plain_names(
     model: nn.Module,
     layers: dict[str, SlopeLinear],
     description: dict[str, Any],
-    weights: _Weights,
+    weights: Weights,
 ) -> list[str]:
     """Names of the tensors outside sparse layers; checks that file and model agree on all."""
     stored = {
@@ -331,8 +412,11 @@ def _plain_names(
             f"{missing[:3] or 'nothing'}, unknown to the model {foreign[:3] or 'nothing'} "
             f"({len(missing)} and {len(foreign)} in all)."
         )
+    parameters = dict(model.named_parameters())
     for name in needed:
         _check_shape(weights, name, shapes[name])
+        if name in parameters and parameters[name].is_floating_point():
+            _check_kind(weights, name, "float")
     return sorted(needed)
 
 
