@@ -179,6 +179,15 @@ def test_misfit_is_named(
         build_model(cfg, vocab_size, max_length)
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_a_size_below_one_is_named_as_it_was_typed(family: str) -> None:
+    layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    for key, value in ((layers, 0), (layers, -1), ("num_attention_heads", 0), ("hidden_size", -8)):
+        message = rf"{key}={value} must be at least 1; the default is model.config.{key}=\d+"
+        with pytest.raises(ValueError, match=message):
+            tiny(family, **{key: value})
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_attention_without_a_mask_is_the_same_causal_attention(family: str) -> None:
     model = tiny(family).eval()

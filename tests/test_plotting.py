@@ -200,7 +200,7 @@ def test_a_single_measurement_and_none_do_not_stop_the_picture(tmp_path):
     [
         ("steps", "optimizer steps", [10, 20, 30], 25),
         ("tokens", "tokens (millions)", [1, 2, 4], 3),
-        ("time", "wall-clock time (minutes)", [1, 2, 6], 4),
+        ("time", "wall-clock time (minutes)", [1, 2, 6], 2),
     ],
 )
 def test_the_horizontal_axis_is_steps_tokens_or_time(tmp_path, against, label, places, start):
@@ -208,7 +208,7 @@ def test_the_horizontal_axis_is_steps_tokens_or_time(tmp_path, against, label, p
         "step,tokens,seconds,train/loss,val/loss\n"
         "10,1e6,60,5,\n20,2e6,120,4,\n30,4e6,360,3,\n20,,,,6\n"
     )
-    # Between the rows that say when they were.
+    # Between the rows; in time, the one before.
     (tmp_path / "summary.json").write_text('{"adapters_started_at_step": 25}')
     write_masks(tmp_path, steps=(20, 25))
     for picture in (curves, masks):
@@ -220,7 +220,32 @@ def test_the_horizontal_axis_is_steps_tokens_or_time(tmp_path, against, label, p
         if picture is curves:
             assert [curve(figure.axes[0], i)[0] for i in (0, 1)] == [places, places[1:2]]
         else:
-            assert curve(figure.axes[0])[0] == [places[1], start]
+            between = sum(places[1:]) / 2
+            assert curve(figure.axes[0])[0] == [places[1], between]
+
+
+@pytest.mark.parametrize("summed_up", [True, False])
+@pytest.mark.parametrize("began", [1, 31, 39])
+def test_the_adapters_start_comes_before_the_step_that_compiles_anew(tmp_path, began, summed_up):
+    # A step takes one second, and the one after `began` steps, the first with adapters, 60 more.
+    rows = ["step,seconds,train/loss,adapters_active"]
+    for step in (1, 10, 20, 30, 40, 50):
+        active = step > began
+        rows.append(f"{step},{step + 60 * active},4.0,{int(active)}")
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    if summed_up:
+        (tmp_path / "summary.json").write_text(f'{{"adapters_started_at_step": {began}}}')
+    (run,) = runs.read_runs([tmp_path])
+    horizontal = runs.Horizontal("time", [run])
+    assert horizontal.label == "wall-clock time (minutes)"
+    assert horizontal.start(run) == pytest.approx({1: 1, 31: 30, 39: 30}[began] / 60)
+
+
+def test_adapters_that_were_awake_from_the_first_step_start_at_zero(tmp_path):
+    text = "step,seconds,train/loss,adapters_active\n1,60,4.0,1\n2,61,4.0,1\n"
+    (tmp_path / "metrics.csv").write_text(text)
+    (run,) = runs.read_runs([tmp_path])
+    assert runs.Horizontal("time", [run]).start(run) == 0
 
 
 def test_several_runs_lie_over_each_other_each_in_its_colour(tmp_path):

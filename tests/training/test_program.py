@@ -160,6 +160,8 @@ def test_a_checkpoint_of_another_model(runs, finished, override, text):
         (["pruner.lora_rank=64"], "adapter rank 64 does not fit|lora_rank"),
         (["model.config.n_embd=36", "model.config.n_head=2", "pruner.pattern=2:8"],
          "is not divisible by m=8"),
+        (["model.config.n_layer=0"], "model.config.n_layer=0 must be at least 1"),
+        (["model.config.n_layer=-1", "pruner=none"], "model.config.n_layer=-1 must be at least 1"),
     ],
 )  # fmt: skip
 def test_bad_input_before_any_work(runs, overrides, text):

@@ -20,6 +20,7 @@ FAMILIES = {
 }
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 _CAUSAL_SDPA = "sdpa_without_mask"
+_COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 # Tensor cores want the vocabulary's side of the head divisible by 8.
 _VOCAB_MULTIPLE = 8
 
@@ -46,7 +47,8 @@ def build_model(
         Under ``torch.device("meta")`` nothing is allocated.
 
     Raises:
-        ValueError: if the family or a config key is unknown, or the data does not fit the model.
+        ValueError: if the family or a config key is unknown, a size is below 1, or the data does
+            not fit the model.
     """
     import transformers
 
@@ -64,6 +66,7 @@ def build_model(
     config_class = transformers.CONFIG_MAPPING[family]
     values = _plain(cfg.get("config") or {})
     _check_keys(config_class, values)
+    _check_counts(config_class, values)
     values["vocab_size"] = _vocab_size(values.get("vocab_size"), vocab_size)
     # The families' defaults are ids of their released tokenizers; OPT would even freeze the
     # embedding of its pad_token_id.
@@ -135,6 +138,17 @@ def _check_keys(config_class: Any, values: Mapping[str, Any]) -> None:
                 f"model.config.{key} is no argument of {config_class.__name__}; did you mean "
                 f"model.config.{near[0]}?"
             )
+
+
+def _check_counts(config_class: Any, values: Mapping[str, Any]) -> None:
+    # transformers would build a model without blocks, or divide by the number of heads.
+    for name in _COUNTS:
+        for key in dict.fromkeys((name, _own_name(config_class, name))):
+            if isinstance(count := values.get(key), int) and count < 1:
+                raise ValueError(
+                    f"model.config.{key}={count} must be at least 1; the default is "
+                    f"model.config.{key}={getattr(config_class(), key)}."
+                )
 
 
 def _vocab_size(wanted: int | None, data: int) -> int:

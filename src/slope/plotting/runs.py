@@ -79,12 +79,12 @@ class Horizontal:
     def __init__(self, against: str, runs: Sequence[Run]) -> None:
         if against not in AGAINST:
             raise ValueError(f"against={against!r} is unknown; choose from {', '.join(AGAINST)}.")
-        name, units = AGAINST[against]
-        self._known = {run.folder: column(run.rows, name) for run in runs}
+        self._name, units = AGAINST[against]
+        self._known = {run.folder: column(run.rows, self._name) for run in runs}
         for folder, (steps, _) in self._known.items():
             if not steps:
                 raise ValueError(
-                    f"the metrics of '{folder}' have no column {name}; draw it against steps."
+                    f"the metrics of '{folder}' have no column {self._name}; draw it against steps."
                 )
         farthest = max(places[-1] for _, places in self._known.values())
         self.label, self._unit = next(
@@ -101,8 +101,13 @@ class Horizontal:
         return [float(x) / self._unit for x in at]
 
     def start(self, run: Run) -> float | None:
-        """Where the adapters of a run woke."""
+        """Where the adapters of a run woke; in time, the last row that was written before."""
         step = run.adapter_start()
+        if step is not None and self._name == "seconds":
+            # The first step with adapters may take minutes: torch.compile compiles it anew.
+            asleep = [row for row in run.rows if not _truth(row.get("adapters_active"))]
+            before = [at for at in column(asleep, self._name)[0] if at <= step]
+            step = before[-1] if before else 0.0
         return None if step is None else self.places(run, [step])[0]
 
     def points(self, run: Run, name: str, layer: str | None = None) -> Points:

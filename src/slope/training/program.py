@@ -283,12 +283,11 @@ def _check_settings(cfg: DictConfig, hardware: Hardware) -> None:
             "do not know their inputs; choose pruner.mask=magnitude, or init_from=<a checkpoint or "
             "a folder of save_pretrained>."
         )
-    if sparse:
-        _try_on_meta(cfg)
+    _try_on_meta(cfg)
 
 
 def _try_on_meta(cfg: DictConfig) -> None:
-    """Sparsify the model without memory: sizes, ranks, rules and skips are wrong now or never."""
+    """Build and sparsify the model without memory: what does not fit is wrong now or never."""
     from slope.models import build_model
 
     with torch.device("meta"):
