@@ -186,6 +186,11 @@ def test_lists_of_comparisons_and_methods(capsys):
     assert cli.main(["compare", "experiment=compare/smoke", "--list"]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert " ".join(first.split()) == "dense no weight is pruned"
+    assert cli.main(["compare", "--list", "--json"]) == 0
+    assert "compare/smoke" in json.loads(capsys.readouterr().out)["experiments"]
+    assert cli.main(["compare", "experiment=compare/smoke", "--list", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["methods"][0]
+    assert (first["label"], first["about"]) == ("dense", "no weight is pruned")
 
 
 def test_comparison_that_another_process_works_on_is_an_error(tmp_path, capsys, monkeypatch):

@@ -6,11 +6,13 @@ import csv
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from slope import cli
 from slope.compare import figure, plan, results, table
 
 SMOKE = "experiment=compare/smoke"
@@ -121,6 +123,42 @@ def test_tables_hold_every_run_and_every_method(filled):
     assert any(line.endswith("| 2 of 3, at step 20, 7 |") for line in lines)
     assert "- slope seed 2: the disk is full" in lines
     assert "8 of 9 runs ended: 3 methods, seeds 0, 1, 2." in lines[2]
+
+
+def test_json_has_the_numbers_of_the_tables_and_stands_alone_on_stdout(filled, capsys):
+    words = [SMOKE, f"paths.root={filled.directory.parents[1]}", "compare.seeds=[0,1,2]"]
+    assert cli.main(["compare", *words, "--only", "dense,slope-lora", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "slope: compare name=compare-smoke" in said.err
+    assert "val loss" in said.err
+    found = json.loads(said.out, parse_constant=pytest.fail)
+    assert (found["comparison"], found["baseline"]) == ("compare-smoke", "dense")
+    assert found["seeds"] == [0, 1, 2]
+    assert all(Path(path).is_file() for path in found["files"])
+    methods = found["methods"]
+    with open(filled.directory / table.METHODS, newline="") as file:
+        for method, row in zip(methods, csv.DictReader(file), strict=True):
+            shown = {k: "" if v is None else str(v) for k, v in method.items() if k != "runs"}
+            assert shown == row
+    with open(filled.directory / table.RUNS, newline="") as file:
+        runs = [{"method": m["method"], **run} for m in methods for run in m["runs"]]
+        for run, row in zip(runs, csv.DictReader(file), strict=True):
+            assert Path(run.pop("log_dir")).is_dir()
+            assert {k: "" if v is None else str(v) for k, v in run.items()} == row
+    assert methods[0]["val_loss_mean"] == pytest.approx((5.0 + 5.1 + 5.3) / 3)
+    assert methods[1]["runs"][2]["message"] == "the disk is full"
+
+
+def test_a_perplexity_beyond_floats_is_null_in_json(comparison, capsys):
+    for run in comparison.runs:
+        finish(run, 5.0)
+    path = comparison.runs[0].log_dir / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"val_perplexity": math.inf}))
+    words = [SMOKE, f"paths.root={comparison.directory.parents[1]}", "compare.seeds=[0,1,2]"]
+    assert cli.main(["compare", *words, "--json"]) == 0
+    method = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["methods"][0]
+    assert method["runs"][0]["val_perplexity"] is None
+    assert (method["val_perplexity_mean"], method["val_perplexity_std"]) == (None, None)
 
 
 def test_console_table_is_in_order_of_loss_and_says_what_diverged(filled):

@@ -338,5 +338,15 @@ def test_the_command_prints_the_table(finished, capsys):
     output = capsys.readouterr().out
     assert code == 0
     assert "| mean |" in output
+    command = ["finetune", *words, "seeds=[0,1]", f"tokenizer={options.tokenizer}", "--json"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("slope: finetune task=glue/sst2") and "| mean |" in said.err
+    summary = json.loads(said.out)
+    assert summary.pop("directory") == str(options.directory)
+    assert summary == json.loads((options.directory / "summary.json").read_text())
+    with open(options.directory / "results.csv", newline="") as file:
+        values = [float(row["accuracy"]) for row in csv.DictReader(file)]
+    assert summary["metrics"]["accuracy"]["values"] == values
     assert cli.main(["finetune", "task=glue/sst2"]) == 2
     assert "init_from must be given" in capsys.readouterr().err

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from slope import configs
 
@@ -60,6 +62,27 @@ def print_config(
     else:
         print(OmegaConf.to_yaml(cfg, resolve=True), end="")
     return 0
+
+
+def as_json(document: Any) -> str:
+    """JSON that every reader takes: a number that is infinite or none at all becomes null.
+
+    Example:
+        >>> print(as_json({"loss": 800.0, "perplexity": math.inf}))
+        {
+          "loss": 800.0,
+          "perplexity": null
+        }
+    """
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(inside) for key, inside in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(inside) for inside in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(document), indent=2, ensure_ascii=False)
 
 
 def find_run(given: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 
 from slope.cli import common
 
@@ -18,6 +19,7 @@ examples:
   slope compare experiment=compare/small --list
   slope compare experiment=compare/small --only dense,slope --jobs 2
   slope compare experiment=compare/small name=longer trainer.max_steps=6400 'compare.seeds=[0,1]'
+  slope compare experiment=compare/smoke --json > smoke.json
 """
 
 
@@ -41,13 +43,19 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--list", action="store_true", help="list the methods, or the comparisons, and do nothing"
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON; the table goes to standard error"
+    )
     options = parser.parse_intermixed_args(arguments)
 
     from slope.compare import plan
 
     if options.list and not options.overrides:
-        for name in plan.choices():
-            print(f"experiment={name}")
+        names = plan.choices()
+        if options.json:
+            print(common.as_json({"experiments": names}))
+        else:
+            print("\n".join(f"experiment={name}" for name in names))
         return 0
     try:
         if options.jobs is not None and options.jobs < 1:
@@ -57,19 +65,29 @@ def run(arguments: list[str]) -> int:
     except ValueError as error:
         return common.usage_error(error, options.traceback)
     if options.list:
-        for method in comparison.methods.values():
-            print(f"{method.label:<20} {method.about}")
+        methods = list(comparison.methods.values())
+        if options.json:
+            print(common.as_json({"methods": [asdict(method) for method in methods]}))
+        else:
+            print("\n".join(f"{method.label:<20} {method.about}" for method in methods))
         return 0
     print(
         f"slope: compare name={comparison.name}: {len(runs)} runs, "
         f"{sum(run.state() in plan.ENDED for run in runs)} of them ended before",
+        file=sys.stderr if options.json else sys.stdout,
         flush=True,
     )
 
+    from rich.console import Console
+
+    from slope.compare import table
     from slope.compare.program import compare
 
     command = ["slope", "compare", *arguments]
-    outcome = compare(comparison, runs, options.jobs, command)
+    outcome = compare(comparison, runs, options.jobs, command, Console(stderr=options.json))
+    if options.json:
+        found = table.document(comparison, outcome.results)
+        print(common.as_json(found | {"files": [*map(str, outcome.files)]}))
     if outcome.interrupted:
         return 130
     if outcome.failed:

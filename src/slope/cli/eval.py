@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ def parse(arguments: list[str]) -> Namespace:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    for name in options.checkpoint:
+        if options.checkpoint.count(name) > 1:
+            parser.error(f"checkpoint {name} is named twice; name each checkpoint once")
     for path in options.output:
         if path.suffix not in _FORMATS:
             parser.error(f"--output {path} must end in one of {', '.join(_FORMATS)}")
@@ -65,9 +69,12 @@ def parse(arguments: list[str]) -> Namespace:
 def run(arguments: list[str]) -> int:
     """Measure one checkpoint after the other."""
     options = parse(arguments)
+    # What would fail after the work fails before it.
     for path in options.output:
         if path.exists() and not options.force:
             raise FileExistsError(f"'{path}' exists; give another name, or type --force.")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"no folder '{path.parent}' for --output {path}; make it.")
     for path in options.data:
         if not path.is_file():
             raise FileNotFoundError(f"no file '{path}' to evaluate on; give an existing one.")
@@ -75,21 +82,22 @@ def run(arguments: list[str]) -> int:
     from slope.compare.table import replace
     from slope.deploy.source import find
     from slope.evaluation import table
+    from slope.evaluation.heldout import labels
     from slope.evaluation.tasks import load_tasks
 
     for checkpoint in options.checkpoint:
         find(checkpoint)
+    files = dict(zip(labels(options.data), options.data, strict=True))
     tasks = load_tasks(options.tasks) if options.tasks else None
     measured: list[table.Measurement] = []
-    notes: list[str] = []
+    said: dict[str, dict[str, str]] = {}
     for checkpoint in options.checkpoint:
-        new, said = _measure(checkpoint, options, tasks)
-        measured += new
-        notes += [note for note in said if note not in notes]
+        measured += _measure(checkpoint, options, files, tasks, said)
+    notes = _notes(said)
     texts = {
         ".md": table.to_markdown(measured, notes),
         ".csv": table.to_csv(measured),
-        ".json": table.to_json(measured, notes) + "\n",
+        ".json": common.as_json({"results": [*map(asdict, measured)], "notes": notes}) + "\n",
     }
     for path in options.output:
         replace(path, texts[path.suffix])
@@ -97,14 +105,21 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _measure(checkpoint: str, options: Namespace, tasks: Any) -> tuple[list[Any], list[str]]:
-    """What is wanted of one checkpoint, and how it was counted."""
+def _measure(
+    checkpoint: str,
+    options: Namespace,
+    files: Mapping[str, Path],
+    tasks: Any,
+    said: dict[str, dict[str, str]],
+) -> list[Any]:
+    """What is wanted of one checkpoint; how a file was counted goes to ``said[file][checkpoint]``.
+
+    Files and tasks are read before any is measured.
+    """
     from rich.console import Console
     from rich.progress import track
 
-    from slope.evaluation.heldout import read_held_out, score
-    from slope.evaluation.perplexity import perplexity
-    from slope.evaluation.table import Measurement
+    from slope.evaluation import heldout
     from slope.evaluation.tasks import run_tasks
 
     source = open_source(Namespace(**vars(options) | {"checkpoint": checkpoint}), training=False)
@@ -115,11 +130,17 @@ def _measure(checkpoint: str, options: Namespace, tasks: Any) -> tuple[list[Any]
         )
     model = prepared(source.model, options)
     console = Console(stderr=True)
-    measured: list[Measurement] = []
-    notes: list[str] = []
-    for path in options.data:
-        held_out = read_held_out(path, source.tokenizer, options.text_field)
-        found = score(
+    wanted = []
+    for label, path in files.items():
+        held_out = heldout.read_held_out(path, source.tokenizer, options.text_field)
+        try:
+            heldout.check(model, held_out.ids, options.window, options.stride)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint} on '{path}': {error}") from error
+        wanted.append((label, held_out))
+    measured = []
+    for label, held_out in wanted:
+        found = heldout.score(
             model,
             held_out.ids,
             options.window,
@@ -129,18 +150,8 @@ def _measure(checkpoint: str, options: Namespace, tasks: Any) -> tuple[list[Any]
                 batches, checkpoint, console=console, disable=not console.is_terminal
             ),
         )
-        value = perplexity(found.loss)
-        numbers = [
-            ("perplexity", value, None if found.stderr is None else value * found.stderr),
-            ("loss", found.loss, found.stderr),
-        ]
-        if held_out.text_bytes is not None:
-            share = len(held_out.ids) / (held_out.text_bytes * math.log(2))
-            error = None if found.stderr is None else share * found.stderr
-            numbers.append(("bits_per_byte", share * found.loss, error))
-        data = path.name
-        measured += [Measurement(checkpoint, data, *each, found.predicted) for each in numbers]
-        notes.append(f"{data}: {_counting(held_out, found)}")
+        measured += heldout.measurements(checkpoint, label, held_out, found)
+        said.setdefault(label, {})[checkpoint] = heldout.counting(held_out, found)
     if tasks is not None:
         measured += run_tasks(
             model,
@@ -152,17 +163,19 @@ def _measure(checkpoint: str, options: Namespace, tasks: Any) -> tuple[list[Any]
             batch_size=options.batch_size,
         )
         print(f"{checkpoint}: tasks done", file=sys.stderr)
-    return measured, notes
+    return measured
 
 
-def _counting(held_out: Any, found: Any) -> str:
-    """Which tokens were scored, in words."""
-    tokens = f"{len(held_out.ids):,} tokens"
-    if held_out.documents is not None:
-        tokens += f" in {held_out.documents:,} documents joined by the end-of-text token"
-    least = max(1, found.window - found.stride)
-    return (
-        f"{tokens}; windows of {found.window:,}, {found.stride:,} apart; {found.predicted:,} "
-        "tokens predicted, each once, after the first window from at least "
-        f"{least:,} tokens of context."
-    )
+def _notes(said: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """How each file was counted: once, or for each checkpoint where they differ."""
+    notes = []
+    for label, of in said.items():
+        if len(set(of.values())) == 1:
+            notes.append(f"{label}: {next(iter(of.values()))}")
+            continue
+        notes += [f"{label}, {checkpoint}: {text}" for checkpoint, text in of.items()]
+        notes.append(
+            f"{label} was counted in different ways: compare bits_per_byte of the same text, not "
+            "loss or perplexity."
+        )
+    return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from slope.cli import common
 
@@ -16,7 +17,7 @@ logs/<name>; the same command goes on where it was stopped. docs/finetune.md lis
 examples:
   slope finetune task=glue/sst2 init_from=checkpoints/bert data=glue/SST-2 tokenizer=vocab.txt
   slope finetune task=squad init_from=exported/bert data=squad 'seeds=[0,1,2,3,4]'
-  slope finetune task=glue/mrpc init_from=exported/bert data=hub dense=True name=mrpc-dense
+  slope finetune task=glue/mrpc init_from=exported/bert data=hub dense=True name=mrpc-dense --json
 """
 
 
@@ -24,6 +25,9 @@ def run(arguments: list[str]) -> int:
     """Read the settings, fine-tune, and print the table."""
     parser = common.parser("finetune", "Fine-tune a pretrained BERT, zeros kept.", _EPILOG)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="see below")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON; the table goes to standard error"
+    )
     options = parser.parse_intermixed_args(arguments)
     from slope.finetune import finetune, markdown, settings
 
@@ -31,7 +35,8 @@ def run(arguments: list[str]) -> int:
         chosen = settings(options.settings)
     except ValueError as error:
         return common.usage_error(error, options.traceback)
-    print(f"slope: finetune task={chosen.task} in {chosen.directory}", flush=True)
+    console = sys.stderr if options.json else sys.stdout
+    print(f"slope: finetune task={chosen.task} in {chosen.directory}", file=console, flush=True)
     from slope.training.progress import console_handler
 
     logger, handler = logging.getLogger("slope"), console_handler()
@@ -41,6 +46,8 @@ def run(arguments: list[str]) -> int:
         summary = finetune(chosen)
     finally:
         logger.removeHandler(handler)
-    print(markdown(summary))
-    print(f"written: {chosen.directory}")
+    print(markdown(summary), file=console)
+    print(f"written: {chosen.directory}", file=console)
+    if options.json:
+        print(common.as_json(summary | {"directory": str(chosen.directory)}))
     return 0

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from slope.compare import results, runner, table
 from slope.compare.plan import ENDED, Comparison, Run
+from slope.compare.results import MethodResult
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +24,27 @@ LOG, ENVIRONMENT = "compare.log", "env.json"
 
 
 class Outcome(NamedTuple):
-    """How a comparison ended: whether a signal stopped it, and its failed runs with the reasons."""
+    """How a comparison ended.
+
+    Attributes:
+        interrupted: whether a signal stopped it.
+        failed: its failed runs with the reasons.
+        results: of all runs so far.
+        files: the tables and the figure.
+    """
 
     interrupted: bool
     failed: Mapping[str, str]
+    results: Sequence[MethodResult]
+    files: Sequence[Path]
 
 
 def compare(
-    comparison: Comparison, runs: Sequence[Run], jobs: int | None, command: Sequence[str]
+    comparison: Comparison,
+    runs: Sequence[Run],
+    jobs: int | None,
+    command: Sequence[str],
+    console: Console | None = None,
 ) -> Outcome:
     """Do the runs that have not ended, then write and print what all runs so far have shown.
 
@@ -39,6 +53,7 @@ def compare(
         runs: those of its runs that are wanted now.
         jobs: processes at once; None: one per core on a CPU, 1 on a GPU.
         command: what was typed, for the log.
+        console: where to print the table; None: standard output.
 
     Raises:
         ValueError: if a method's settings cannot work, before anything is run.
@@ -47,11 +62,12 @@ def compare(
     comparison.directory.mkdir(parents=True, exist_ok=True)
     with _alone(comparison):
         waiting = [run for run in runs if run.state() not in ENDED]
-        outcome = Outcome(False, {})
+        complete, failed = True, {}
         if waiting:
-            outcome = _run(comparison, runs, waiting, jobs, command)
-        _show(comparison)
-    return outcome
+            complete, failed = _run(comparison, runs, waiting, jobs, command)
+        found = results.read(comparison)
+        files = _show(comparison, found, console or Console()) if found else []
+    return Outcome(not complete, failed, found, files)
 
 
 def _run(
@@ -60,7 +76,8 @@ def _run(
     waiting: Sequence[Run],
     jobs: int | None,
     command: Sequence[str],
-) -> Outcome:
+) -> tuple[bool, dict[str, str]]:
+    """Whether all runs have ended, and those that failed."""
     found = runner.check(waiting)
     cores = runner.cores()
     if jobs is None:
@@ -87,22 +104,20 @@ def _run(
             threads,
         )
         complete = several.run()
-    return Outcome(not complete, {run.name: why for run, why in several.failed.items()})
+    return complete, {run.name: why for run, why in several.failed.items()}
 
 
-def _show(comparison: Comparison) -> None:
-    found = results.read(comparison)
-    if not found:
-        return
+def _show(comparison: Comparison, found: Sequence[MethodResult], console: Console) -> list[Path]:
+    """Write and print the tables; the files."""
     written = table.write(comparison, found)
 
     from slope.compare.figure import draw
 
     written.append(draw(comparison, found))
-    console = Console()
     console.print(table.console_table(comparison, found))
     for path in written:
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    return written
 
 
 def _commit() -> str | None:

@@ -52,7 +52,7 @@ class RunResult:
 
 
 class Spread(NamedTuple):
-    """A mean over seeds; ``deviation`` is None where there is one seed only."""
+    """A mean over seeds; ``deviation`` is None where there is one seed only, or one is infinite."""
 
     mean: float
     deviation: float | None
@@ -194,7 +194,9 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+    # A perplexity may be infinite, of which `statistics` makes an AttributeError.
+    several = len(known) > 1 and all(map(math.isfinite, known))
+    return Spread(statistics.fmean(known), statistics.stdev(known) if several else None)
 
 
 def _with_standard_error(values: Sequence[float]) -> Spread | None:

@@ -18,6 +18,7 @@ from slope.compare.results import MethodResult, RunResult, Spread
 
 RUNS, METHODS, MARKDOWN = "comparison.csv", "methods.csv", "comparison.md"
 
+_RUN_COLUMNS = tuple(field.name for field in fields(RunResult) if field.name != "curve")
 _METHOD_COLUMNS = (
     "method",
     "about",
@@ -59,9 +60,9 @@ def replace(path: Path, text: str) -> None:
 
 def runs_csv(results: Sequence[MethodResult]) -> str:
     """One row per run; the curve is in the run's own ``metrics.csv``."""
-    names = [field.name for field in fields(RunResult) if field.name != "curve"]
     runs = [run for result in results for run in result.runs]
-    return _csv(names, ([getattr(run, name) for name in names] for run in runs))
+    rows = ([getattr(run, name) for name in _RUN_COLUMNS] for run in runs)
+    return _csv(_RUN_COLUMNS, rows)
 
 
 def methods_csv(results: Sequence[MethodResult]) -> str:
@@ -94,6 +95,30 @@ def _csv(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     writer.writerow(names)
     writer.writerows(["" if value is None else value for value in row] for row in rows)
     return text.getvalue()
+
+
+def document(comparison: Comparison, results: Sequence[MethodResult]) -> dict[str, Any]:
+    """All of it for a program: each method with its numbers and its runs, their curves left out."""
+    folders = {(run.method, run.seed): str(run.log_dir) for run in comparison.runs}
+    return {
+        "comparison": comparison.name,
+        "baseline": comparison.baseline,
+        "reference": comparison.reference,
+        "seeds": list(comparison.seeds),
+        "methods": [
+            {
+                **dict(zip(_METHOD_COLUMNS, _method_row(result), strict=True)),
+                "runs": [
+                    {
+                        **{name: getattr(run, name) for name in _RUN_COLUMNS if name != "method"},
+                        "log_dir": folders[run.method, run.seed],
+                    }
+                    for run in result.runs
+                ],
+            }
+            for result in results
+        ],
+    }
 
 
 def markdown(comparison: Comparison, results: Sequence[MethodResult]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from slope.data.files import (
     read_documents,
     read_text,
 )
+from slope.evaluation.perplexity import perplexity
+from slope.evaluation.table import Measurement
 
 Span = tuple[int, int, int]
 """A window's first token, the token after its last, and the first token that it predicts."""
@@ -41,11 +43,13 @@ class HeldOut:
         ids: token ids, int64 of shape (tokens,).
         documents: how many were joined, None for a file of tokens.
         text_bytes: of the text in UTF-8, None for a file of tokens.
+        separated: whether a token stands between two documents.
     """
 
     ids: Tensor
     documents: int | None = None
     text_bytes: int | None = None
+    separated: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Score:
 
     Attributes:
         loss: nats per token.
-        stderr: standard error of the loss, windows being the draws; None with one window.
+        stderr: standard error of the loss, windows being the draws; None with one window, or where
+            the loss is not finite.
         predicted: tokens.
         window: tokens of a window.
         stride: tokens from one window to the next.
@@ -71,7 +76,8 @@ def read_held_out(path: Path, tokenizer: Any, text_field: str = "text") -> HeldO
     """Read the tokens of a file, or tokenise its text.
 
     Documents are encoded one by one, with the special tokens that the tokenizer adds by itself, and
-    joined by its end-of-text token. A text file is one document unless it holds ``<|endoftext|>``.
+    joined by its end-of-text token (one that names none: ``<|endoftext|>``, if it has that). A text
+    file is one document unless it holds ``<|endoftext|>``.
 
     Args:
         path: text or JSON lines, compressed or not, or parquet; ``.npy`` with token ids in one
@@ -81,33 +87,103 @@ def read_held_out(path: Path, tokenizer: Any, text_field: str = "text") -> HeldO
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is of an unknown kind or damaged, or holds no text.
+        ValueError: if it is of an unknown kind or damaged, holds no text, or its tokens are not of
+            this tokenizer.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file '{path}' to evaluate on; give --data an existing file.")
-    if path.suffix in (".npy", ".bin"):
-        return HeldOut(_token_file(path))
+    if path.suffix == ".npy":
+        return HeldOut(_token_array(path, tokenizer))
+    if path.suffix == ".bin":
+        return HeldOut(_cached_tokens(path, tokenizer))
     if tokenizer is None:
         raise ValueError(
             f"'{path}' holds text, and the checkpoint comes without a tokenizer; type --tokenizer "
             "<a tokenizer.json, or a folder that holds one>."
         )
     end = tokenizer.eos_token_id
+    if end is None:  # a bare tokenizer.json does not say which token it is
+        end = tokenizer.get_vocab().get(SEPARATOR)
     ids: list[int] = []
     count, size = 0, 0
     try:
         for document in _documents(path, text_field):
             if not document.strip():
                 continue
+            size += _bytes(document, path)
             if ids and end is not None and ids[-1] != end:
                 ids.append(end)
             ids += tokenizer(document, verbose=False)["input_ids"]
-            count, size = count + 1, size + len(document.encode())
+            count += 1
     except ValueError as error:
         raise ValueError(_in_our_words(str(error))) from error
     if not count:
         raise ValueError(f"'{path}' holds no text to evaluate on.")
-    return HeldOut(torch.tensor(ids), count, size)
+    return HeldOut(torch.tensor(ids, dtype=torch.int64), count, size, end is not None)
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """Names of files by which a table tells them apart: without the folder where that is enough.
+
+    Raises:
+        ValueError: if a file is given twice.
+
+    Example:
+        >>> labels([Path("a/val.txt"), Path("b/val.txt"), Path("c/book.txt")])
+        ['a/val.txt', 'b/val.txt', 'book.txt']
+    """
+    files = [path.resolve() for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        if files.count(file) > 1:
+            raise ValueError(f"'{path}' is given {files.count(file)} times; give it once.")
+    names = [path.name for path in paths]
+    return [str(p) if names.count(p.name) > 1 else p.name for p in paths]
+
+
+def counting(held_out: HeldOut, found: Score) -> str:
+    """Which tokens were scored, in words."""
+    text = f"{len(held_out.ids):,} tokens"
+    if held_out.documents == 1:
+        text += " in 1 document"
+    elif held_out.documents is not None:
+        text += f" in {held_out.documents:,} documents "
+        text += (
+            "joined by the end-of-text token"
+            if held_out.separated
+            else ("with nothing between them, as the tokenizer has no end-of-text token")
+        )
+    text += f"; windows of {found.window:,}, {found.stride:,} apart; {found.predicted:,} tokens "
+    least = max(1, found.window - found.stride)
+    return text + (
+        f"predicted, each once, after the first window from at least {least:,} tokens of context."
+    )
+
+
+def measurements(label: str, data: str, held_out: HeldOut, found: Score) -> list[Measurement]:
+    """Perplexity, loss and, of text, bits per byte; each with its standard error.
+
+    Args:
+        label: name of the model in the results.
+        data: name of the file.
+        held_out: its tokens.
+        found: what :func:`score` made of them.
+    """
+    value = perplexity(found.loss)
+    scales = {"perplexity": (value, value), "loss": (found.loss, 1.0)}
+    if held_out.text_bytes is not None:
+        share = len(held_out.ids) / (held_out.text_bytes * math.log(2))
+        scales["bits_per_byte"] = (share * found.loss, share)
+    return [
+        Measurement(
+            label,
+            data,
+            metric,
+            number,
+            None if found.stderr is None else slope * found.stderr,
+            found.predicted,
+        )
+        for metric, (number, slope) in scales.items()
+    ]
 
 
 def windows(tokens: int, window: int, stride: int) -> Iterator[Span]:
@@ -128,6 +204,54 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[Span]:
         done = end
         if end == tokens:
             return
+
+
+def check(
+    model: Any, ids: Tensor, window: int | None = None, stride: int | None = None
+) -> tuple[int, int]:
+    """Whether a stream of tokens can be scored, before any work.
+
+    Args:
+        model: as for :func:`score`.
+        ids: likewise.
+        window: likewise.
+        stride: likewise.
+
+    Returns:
+        Window and stride in tokens.
+
+    Raises:
+        ValueError: as :func:`score`.
+    """
+    if not getattr(model, "can_generate", lambda: True)():
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model, so it has no perplexity."
+        )
+    context = getattr(model.config, "max_position_embeddings", None)
+    if window is None:
+        window = context or 1024
+    if window < 2 or (context is not None and window > context):
+        most = "" if context is None else f" and at most {context}, the model's context"
+        raise ValueError(f"a window of {window} tokens must be at least 2{most}.")
+    if stride is None:
+        stride = window
+    if not 1 <= stride <= window:
+        raise ValueError(
+            f"a stride of {stride} tokens must be from 1 to the window's {window}; a larger one "
+            "would leave tokens out."
+        )
+    if len(ids) < 2:
+        raise ValueError(
+            f"{len(ids)} token to evaluate on, and the first one is never predicted: give a longer "
+            "text."
+        )
+    entries = model.get_input_embeddings().weight.shape[0]
+    if int(ids.min()) < 0 or int(ids.max()) >= entries:
+        raise ValueError(
+            f"the tokens run from {int(ids.min())} to {int(ids.max())}, but the model has {entries}"
+            " of them; the file was made with another tokenizer."
+        )
+    return window, stride
 
 
 @torch.no_grad()
@@ -153,29 +277,7 @@ def score(
         ValueError: if a number is out of range, a token is unknown to the model, the model predicts
             no next token, or there are less than two tokens.
     """
-    if not getattr(model, "can_generate", lambda: True)():
-        raise ValueError(
-            f"{type(model).__name__} is no causal language model, so it has no perplexity."
-        )
-    context = getattr(model.config, "max_position_embeddings", None)
-    window = window or context or 1024
-    stride = stride or window
-    if window < 2 or (context is not None and window > context):
-        most = "" if context is None else f" and at most {context}, the model's context"
-        raise ValueError(f"a window of {window} tokens must be at least 2{most}.")
-    if not 1 <= stride <= window:
-        raise ValueError(
-            f"a stride of {stride} tokens must be from 1 to the window's {window}; a larger one "
-            "would leave tokens out."
-        )
-    if len(ids) < 2:
-        raise ValueError(f"{len(ids)} token to evaluate on: the first one is never predicted.")
-    entries = model.get_input_embeddings().weight.shape[0]
-    if int(ids.min()) < 0 or int(ids.max()) >= entries:
-        raise ValueError(
-            f"the tokens run from {int(ids.min())} to {int(ids.max())}, but the model has {entries}"
-            " of them; the file was made with another tokenizer."
-        )
+    window, stride = check(model, ids, window, stride)
     spans = list(windows(len(ids), window, stride))
     batches: list[list[Span]] = []
     for span in spans:
@@ -205,7 +307,7 @@ def score(
     predicted = counts.sum()
     loss = float(per_window.sum() / predicted)
     stderr = None
-    if len(spans) > 1:
+    if len(spans) > 1 and math.isfinite(loss):
         spread = float(np.square(per_window - loss * counts).sum())
         stderr = math.sqrt(len(spans) / (len(spans) - 1) * spread) / predicted
     return Score(loss, stderr, int(predicted), window, stride)
@@ -219,29 +321,54 @@ def _documents(path: Path, text_field: str) -> Iterable[str]:
     return (document for document, _ in read_documents(path, text_field))
 
 
-def _token_file(path: Path) -> Tensor:
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(
-                f"'{path}' cannot be read ({error}); write it with np.save."
-            ) from error
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"'{path}' holds {array.dtype} of shape {array.shape}; token ids are whole numbers "
-                "in one dimension."
-            )
-        return torch.from_numpy(array.astype(np.int64))
+def _bytes(document: str, path: Path) -> int:
+    try:
+        return len(document.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"'{path}' holds half of a surrogate pair ({document[error.start]!r}), which is no "
+            "character; a JSON file has it as \\ud800 to \\udfff: repair that text."
+        ) from error
+
+
+def _token_array(path: Path, tokenizer: Any) -> Tensor:
+    try:
+        array: Any = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"'{path}' cannot be read ({error}); write it with np.save.") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"'{path}' is an archive of arrays; write one array with np.save.")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"'{path}' holds {array.dtype} of shape {array.shape}; token ids are whole numbers in "
+            "one dimension."
+        )
+    known = None if tokenizer is None else max(tokenizer.get_vocab().values())
+    if known is not None and array.size and int(array.max()) > known:
+        raise ValueError(
+            f"'{path}' holds token {int(array.max())}, but the tokenizer's last one is {known}; "
+            "the file was made with another tokenizer."
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _cached_tokens(path: Path, tokenizer: Any) -> Tensor:
     folder = path.parent
     try:
         key = json.loads((folder / "meta.json").read_bytes())["key"]
-        tokens = open_cache(folder, key).dataset(path.stem, 1).tokens
-    except (OSError, ValueError, KeyError, UnusableCacheError) as error:
+        cache = open_cache(folder, key)
+        tokens = cache.dataset(path.stem, 1).tokens
+    except (OSError, ValueError, KeyError, TypeError, UnusableCacheError) as error:
         raise ValueError(
             f"'{path}' is not the train.bin or val.bin of a token cache ({error}); other tokens go "
             "into a .npy file, by np.save."
         ) from error
+    made_with = cache.tokenizer().backend.get_vocab(with_added_tokens=True)
+    if tokenizer is not None and not made_with.items() <= tokenizer.get_vocab().items():
+        raise ValueError(
+            f"'{path}' was made with tokenizer '{cache.meta['tokenizer']['name']}' of "
+            f"{len(made_with):,} entries, not with the checkpoint's; evaluate on the text itself."
+        )
     return torch.from_numpy(tokens.astype(np.int64))
 
 

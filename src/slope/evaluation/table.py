@@ -1,12 +1,11 @@
-"""What was measured of several models, side by side: Markdown, CSV and JSON."""
+"""What was measured of several models, side by side: Markdown and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,6 @@ def to_csv(measured: Sequence[Measurement]) -> str:
     writer.writerow([field.name for field in fields(Measurement)])
     writer.writerows(["" if v is None else v for v in astuple(one)] for one in measured)
     return text.getvalue()
-
-
-def to_json(measured: Sequence[Measurement], notes: Sequence[str]) -> str:
-    """An object with ``results`` and ``notes``."""
-    results = [asdict(one) for one in measured]
-    return json.dumps({"results": results, "notes": list(notes)}, indent=2, ensure_ascii=False)
 
 
 def to_markdown(measured: Sequence[Measurement], notes: Sequence[str]) -> str:
