@@ -14,7 +14,7 @@ METHODS = (
 )  # fmt: skip
 MASKS = ("magnitude", "random", "transposable", "wanda")
 ADAPTER_INITS = ("normal", "kaiming", "orthogonal")
-BACKENDS = ("auto", "dense", "cusparselt", "triton")
+BACKENDS = ("auto", "dense", "cusparselt", "mma", "triton")
 # The exact search over the masks of one m x m tile: 90 for 2:4, above 10^8 for 4:8.
 MAX_TRANSPOSABLE_GROUP = 4
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import slope
-from slope.backends import why_not_sparse_kernels
+from slope.backends import decoding_mma, why_not_sparse_kernels
 
 NO_KERNELS = why_not_sparse_kernels("2:4", "cuda")
 
@@ -109,6 +109,41 @@ def test_inference_with_an_adapter(tokens, rank):
             term = x.double() @ layer.adapter.down.double().t() @ layer.adapter.up.double().t()
             expected += layer.adapter.scale * term
     assert error(y, expected) < 1e-2
+
+
+@pytest.mark.parametrize("backend", ["mma", "triton"])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("shape", [(96, 64), (200, 192), (1600, 1600), (8256, 256)], ids=str)
+def test_a_decode_kernel_by_name(shape, dtype, backend):
+    layer = a_layer(shape, values_dtype=dtype, backend=backend)
+    layer.add_adapter(40, scale=0.5)
+    with torch.no_grad():
+        layer.adapter.up.normal_()
+        w_r, bias = layer.to_dense().double(), layer.bias.double()
+        for tokens in (1, 3, 8, 9, 16, 31, 32, 33, 64):
+            x = torch.randn(tokens, shape[1] + 8, device="cuda", dtype=dtype)[:, 8:]
+            slope.deactivate_adapters(layer)
+            expected = x.double() @ w_r.t() + bias
+            y = layer(x)
+            assert error(y, expected) < ROUNDING[dtype]
+            assert torch.equal(y, layer(x))
+            slope.activate_adapters(layer)
+            low = (x.double() @ layer.adapter.down.double().t()).to(dtype).double()
+            expected += 0.5 * low @ layer.adapter.up.double().t()
+            assert error(layer(x), expected) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_every_cut_of_the_compiled_decode_kernel(splits):
+    layer = a_layer((320, 1600), values_dtype=torch.bfloat16).requires_grad_(False)
+    exact = layer.to_dense().double()
+    for most, *cuts in decoding_mma._LAUNCHES:
+        for cut in cuts:
+            x = torch.randn(most, 1600, device="cuda", dtype=torch.bfloat16)
+            given = x, layer.values, layer.metadata, layer.bias
+            y = decoding_mma.decode_mma(*given, launch=cut, splits=splits)
+            expected = x.double() @ exact.t() + layer.bias.double()
+            assert error(y, expected) < ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize("shape", [(128, 256), (768, 3072), (96, 160)], ids=str)

@@ -62,6 +62,13 @@ def launch_for(tokens: int, itemsize: int) -> DecodeLaunch:
     return launch._replace(stages=2) if itemsize > 2 else launch
 
 
+def too_many_tokens(tokens: int) -> str | None:
+    """Reason why no kernel of decoding takes so many, or None."""
+    if tokens > MAX_TOKENS:
+        return f"{tokens} tokens, the decode kernel takes up to {MAX_TOKENS}"
+    return None
+
+
 def why_no_decode(tokens: int, in_features: int) -> str | None:
     """Reason why :func:`decode` cannot serve such a product, or None.
 
@@ -69,8 +76,8 @@ def why_no_decode(tokens: int, in_features: int) -> str | None:
         tokens: T.
         in_features: I.
     """
-    if tokens > MAX_TOKENS:
-        return f"{tokens} tokens, the decode kernel takes up to {MAX_TOKENS}"
+    if reason := too_many_tokens(tokens):
+        return reason
     if in_features % 32:
         return f"in_features={in_features} is not divisible by 32, the decode kernel reads words"
     return None
@@ -135,9 +142,34 @@ def decode(
         constants + assembly,
         num_warps=cut.num_warps,
     )
-    if final:
-        return y
-    block_t = min(max(16, cut.tokens), 32)
+    if partial is not None:
+        finish(partial, low_partial, up, bias, y, scale)
+    return y
+
+
+def finish(
+    partial: Tensor,
+    low_partial: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    scale: float,
+) -> None:
+    """Add the splits, the bias and the adapter's second product; one launch.
+
+    Args:
+        partial: (splits, T, O) fp32.
+        low_partial: (splits, T, R) fp32, or None with ``up``.
+        up: (O, R), dtype of ``y``.
+        bias: (O,), dtype of ``y``, or None.
+        y: (T, O), written.
+        scale: factor of the adapter.
+    """
+    from slope.backends import decoding_kernels as device
+
+    splits, tokens, out_features = partial.shape
+    rank = 0 if up is None else up.shape[1]
+    block_t = 16 if tokens <= 16 else 32
     block_r = 16 if rank <= 16 else 32 if rank <= 32 else 64
     device.finish(
         (-(-out_features // _FINISH_OUTPUTS), -(-tokens // block_t), 1),
@@ -145,4 +177,3 @@ def decode(
         (tokens, out_features, rank, splits, scale),
         (bias is not None, rank > 0, block_t, _FINISH_OUTPUTS, block_r),
     )
-    return y

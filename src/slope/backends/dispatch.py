@@ -1,4 +1,4 @@
-"""``backend="auto"``: for each product the fastest of cuSPARSELt, Triton and a dense product.
+"""``backend="auto"``: for each product the fastest of cuSPARSELt, our kernels and a dense product.
 
 2:4 layers in bf16 or fp16 on a GPU go to sparse kernels where these win, and else to a dense
 product over a transient expanded weight; everything else goes to the reference. In eager mode the
@@ -18,7 +18,7 @@ from slope.backends.dense import DenseBackend
 from slope.backends.support import KERNEL_DTYPES, KERNEL_PATTERN, why_no_kernels
 from slope.pattern import NMPattern
 
-PATHS = ("cusparselt", "triton")
+PATHS = ("cusparselt", "mma", "triton")
 
 
 class AutoBackend:

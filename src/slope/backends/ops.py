@@ -22,6 +22,7 @@ from slope.backends.choices import ChoiceStore
 from slope.backends.cusparselt import layout
 from slope.backends.cusparselt.plans import TOKEN_MULTIPLE
 from slope.backends.decoding import decode, why_no_decode
+from slope.backends.decoding_mma import decode_mma, why_no_mma
 from slope.backends.dense import DenseBackend
 from slope.backends.support import machine, why_no_cusparselt
 from slope.backends.tuning import Choice, ProductKey, Tuner, bucket
@@ -133,6 +134,9 @@ def sparse_linear_forward(
     def triton(algorithm: int | None) -> Tensor:
         return decode(x, values, metadata, bias, down, up, scale)
 
+    def mma(algorithm: int | None) -> Tensor:
+        return decode_mma(x, values, metadata, bias, down, up, scale)
+
     def search() -> int | None:
         return _products().search(operand(), _padded(x), bias, out_features)
 
@@ -141,7 +145,7 @@ def sparse_linear_forward(
         "forward", out_features, in_features, x.shape[0], x.dtype, values.dtype,
         packed is not None, rank, only, x.device,
     )  # fmt: skip
-    paths = {"cusparselt": cusparselt, "triton": triton, "dense": dense}
+    paths = {"cusparselt": cusparselt, "mma": mma, "triton": triton, "dense": dense}
     return _run(product, paths, search)
 
 
@@ -294,9 +298,14 @@ def _choose(
 
 def _why_not(path: str, product: Product) -> str | None:
     """Reason why a path cannot do a product, or None."""
+    if path in ("mma", "triton") and product.operation != "forward":
+        return "the decode kernel does the forward alone"
+    if path == "mma":
+        return why_no_mma(
+            product.tokens, product.out_features, product.in_features, product.dtype,
+            product.values_dtype, product.device.index,
+        )  # fmt: skip
     if path == "triton":
-        if product.operation != "forward":
-            return "the decode kernel does the forward alone"
         return why_no_decode(product.tokens, product.in_features)
     if path == "cusparselt":
         if not layout.fits(product.out_features, product.in_features):

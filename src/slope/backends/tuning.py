@@ -70,7 +70,10 @@ class Choice:
         """One line for a report."""
         times = sorted(self.microseconds.items(), key=lambda pair: pair[1])
         text = ", ".join(f"{path} {time:.1f} µs" for path, time in times)
-        refused = "; ".join(f"{path}: {why}" for path, why in self.refused.items())
+        by_reason: dict[str, list[str]] = {}
+        for path, why in self.refused.items():
+            by_reason.setdefault(why, []).append(path)
+        refused = "; ".join(f"{', '.join(paths)}: {why}" for why, paths in by_reason.items())
         return "; ".join(part for part in (text, refused) if part) or "not measured"
 
 
@@ -131,20 +134,18 @@ class Tuner:
         found = self._known.get(key)
         if found is not None:
             return found
-        on_disk = self._store.load(self._on_disk(key))
-        if on_disk is not None and on_disk.get("path") in paths:
+        where = asdict(key) | self._machine | {"paths": sorted(paths)}
+        on_disk = self._store.load(where)
+        if on_disk is not None:
             found = Choice(**on_disk)
             self._known[key] = found
             return found
         found = self._measure(paths, search)
         self._known[key] = found
         if not found.refused:  # there may have been no memory left, which is no property of a GPU
-            self._store.save(self._on_disk(key), asdict(found))
+            self._store.save(where, asdict(found))
         log.info("%s: %s (%s)", key, found.path, found.reason())
         return found
-
-    def _on_disk(self, key: ProductKey) -> dict[str, Any]:
-        return asdict(key) | self._machine
 
     def _measure(
         self, paths: Mapping[str, Callable[[int | None], Any]], search: Callable[[], int | None]

@@ -1,0 +1,268 @@
+// Y = X (W^R)^T for a few tokens on the sparse tensor cores, and Z = X down^T beside it.
+//
+// Compiled at run time by NVRTC, without headers, for one choice of the constants below:
+//   NT      tiles of 8 tokens
+//   MT      tiles of 16 outputs of a warp
+//   WM, WK  warps of a block along the outputs and along the inputs
+//   STAGES  steps in flight
+//   BF16    1 for bf16, 0 for fp16
+//
+// A block owns ROWS outputs and walks over the inputs in steps of STEP bytes of a row of A, which is
+// W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared memory in the
+// order of global memory; a chunk of 16 bytes is swapped with others of its row, so that ldmatrix
+// meets no bank twice. mma.sp wants for its 16 x 32 tile 32 bits of metadata of every row: lane
+// 4 g + h gives half h of row g below, of row g + 8 above, as they stand in memory.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+constexpr int TOKENS = 8 * NT;
+constexpr int ROWS = 16 * MT * WM;
+constexpr int STEP = 128 * WK;
+constexpr int THREADS = 32 * WM * WK;
+constexpr int A_BYTES = ROWS * STEP;
+constexpr int X_BYTES = TOKENS * 2 * STEP;
+constexpr int STAGE = A_BYTES + X_BYTES + ROWS * STEP / 8;
+constexpr int SUM_STRIDE = ROWS + 4;
+
+struct Arguments {
+    const char* values;    // (outputs, inputs / 2)
+    const char* metadata;  // (outputs, inputs / 8)
+    const char* x;         // (tokens, inputs), rows x_stride bytes apart
+    const u16* bias;       // (outputs), or null
+    const char* down;      // (rank, inputs), or null
+    u16* y;                // (tokens, outputs), or null where partial sums are wanted
+    float* partial;        // (splits, tokens, outputs)
+    float* low;            // (splits, tokens, rank)
+    long long x_stride;
+    int tokens, outputs, inputs, rank;
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+// The source is not read where it lies outside; zeros are written then.
+template <int BYTES>
+__device__ __forceinline__ void copy(u32 to, const char* from, bool inside) {
+    const int bytes = inside ? BYTES : 0;
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                     "r"(bytes));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from),
+                     "r"(bytes));
+}
+
+// This thread's part of a tile of ROWS_ rows, WIDTH bytes of which belong to a step; PITCH bytes
+// lie between rows in shared memory. A pass of all threads copies DOWN rows.
+template <int BYTES, int WIDTH, int ROWS_, int PITCH>
+struct Tile {
+    static constexpr int ACROSS = WIDTH / BYTES;
+    static constexpr int DOWN = THREADS / ACROSS;
+    const char* from;
+    long long stride;  // bytes of DOWN rows
+    int columns, rows, first;  // bytes and rows that are left from this thread's first on
+    u32 to;
+
+    __device__ __forceinline__ Tile(const char* matrix, long long pitch, int row, int rows_, int bytes,
+                                    int begin, u32 at) {
+        const int across = threadIdx.x % ACROSS;
+        first = threadIdx.x / ACROSS;
+        from = matrix + (row + first) * pitch + begin + BYTES * across;
+        stride = DOWN * pitch;
+        columns = bytes - begin - BYTES * across;
+        rows = rows_ - row - first;
+        to = at + first * PITCH + BYTES * (BYTES == 16 ? across ^ (first & 7) : across);
+    }
+
+    __device__ __forceinline__ void fetch(u32 stage) {
+#pragma unroll
+        for (int j = 0; j * DOWN < ROWS_; ++j) {
+            if (ROWS_ % DOWN && first + j * DOWN >= ROWS_) break;
+            const u32 swapped = BYTES == 16 ? to ^ (16 * (j * DOWN & 7)) : to;
+            copy<BYTES>(stage + swapped + j * DOWN * PITCH, from + j * stride,
+                        columns > 0 && rows > j * DOWN);
+        }
+        from += WIDTH;
+        columns -= WIDTH;
+    }
+};
+
+__device__ __forceinline__ void load4(u32 (&to)[4], u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
+}
+
+__device__ __forceinline__ void load2(u32 (&to)[4], u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(from));
+}
+
+__device__ __forceinline__ void load_words(u32 (&to)[4], u32 from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
+}
+
+#if BF16
+#define KIND "bf16"
+#else
+#define KIND "f16"
+#endif
+
+__device__ __forceinline__ void multiply_sparse(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4],
+                                                u32 metadata) {
+    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." KIND "." KIND
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, "
+                 "%12, 0x0;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),
+                   "r"(b[3]), "r"(metadata));
+}
+
+__device__ __forceinline__ void multiply_dense(float (&d)[4], const u32 (&a)[4],
+                                               const u32 (&b)[4]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ float to_float(u16 bits) {
+    float number;
+#if BF16
+    number = __uint_as_float(static_cast<u32>(bits) << 16);
+#else
+    asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(bits));
+#endif
+    return number;
+}
+
+__device__ __forceinline__ u16 from_float(float number) {
+    u16 bits;
+    asm("cvt.rn." KIND ".f32 %0, %1;" : "=h"(bits) : "f"(number));
+    return bits;
+}
+
+template <bool SPARSE>
+__device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int columns) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row = warp % WM * 16 * MT, wk = warp / WM;
+    const u32 at_a = stage + (row + lane % 16) * STEP + 128 * wk + 16 * (lane / 16 ^ lane % 8);
+    const int chunk = SPARSE ? lane / 8 : lane / 8 % 2;
+    const u32 at_x = stage + A_BYTES + lane % 8 * 2 * STEP + (SPARSE ? 256 : 128) * wk +
+                     16 * (chunk ^ lane % 8);
+    const u32 at_e = stage + A_BYTES + X_BYTES + (row + lane / 4) * (STEP / 8) + 16 * wk;
+    u32 lower[MT][4], upper[MT][4];
+    if (SPARSE) {
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            load_words(lower[m], at_e + 2 * m * STEP);
+            load_words(upper[m], at_e + (2 * m + 1) * STEP);
+        }
+    }
+    const u32 half = lane & 1 ? 0x7632 : 0x5410;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        if ((SPARSE ? 32 : 16) * k >= columns) break;
+        u32 b[NT][4];
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            const u32 at = (at_x ^ (SPARSE ? 64 : 32) * k) + 8 * n * 2 * STEP;
+            if (SPARSE) load4(b[n], at);
+            else load2(b[n], at);
+        }
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            u32 a[4];
+            load4(a, (at_a ^ 32 * k) + 16 * m * STEP);
+            const u32 metadata = SPARSE ? __byte_perm(lower[m][k], upper[m][k], half) : 0;
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                if (SPARSE) multiply_sparse(sums[m][n], a, b[n], metadata);
+                else multiply_dense(sums[m][n], a, b[n]);
+            }
+        }
+    }
+}
+
+// sums = rows of A times X over this split; then the warps along the inputs are added in order.
+template <bool SPARSE>
+__device__ __forceinline__ void product(const Arguments& arg, char* memory, const char* a, int row,
+                                        int rows) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wk = warp / WM;
+    const int width = SPARSE ? STEP : STEP / 2;  // columns of a step
+    const int steps = (arg.inputs + width - 1) / width;
+    const int share = (steps + gridDim.y - 1) / gridDim.y;
+    const int begin = blockIdx.y * share;
+    const int end = min(begin + share, steps);
+    const u32 base = shared_address(memory);
+    constexpr int X_STEP = SPARSE ? 2 * STEP : STEP;
+    const int a_row = SPARSE ? arg.inputs : 2 * arg.inputs;
+    Tile<16, STEP, ROWS, STEP> weight(a, a_row, row, rows, a_row, begin * STEP, base);
+    Tile<16, X_STEP, TOKENS, 2 * STEP> inputs(arg.x, arg.x_stride, 0, arg.tokens, 2 * arg.inputs,
+                                              begin * X_STEP, base + A_BYTES);
+    Tile<8, STEP / 8, ROWS, STEP / 8> places(arg.metadata, arg.inputs / 8, row, rows, arg.inputs / 8,
+                                             begin * STEP / 8, base + A_BYTES + X_BYTES);
+    auto fetch = [&](int step, int stage) {
+        if (step < end) {
+            weight.fetch(stage * STAGE);
+            inputs.fetch(stage * STAGE);
+            if (SPARSE) places.fetch(stage * STAGE);
+        }
+        asm volatile("cp.async.commit_group;");
+    };
+    float sums[MT][NT][4] = {};
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) fetch(begin + s, s);
+    int read = 0, write = STAGES - 1;
+    for (int step = begin; step < end; ++step) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
+        __syncthreads();
+        fetch(step + STAGES - 1, write);
+        compute<SPARSE>(sums, base + read * STAGE, arg.inputs - step * width - wk * (width / WK));
+        read = read + 1 == STAGES ? 0 : read + 1;
+        write = write + 1 == STAGES ? 0 : write + 1;
+    }
+    asm volatile("cp.async.wait_group 0;");
+    __syncthreads();
+    float* shared = reinterpret_cast<float*>(memory);
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int r = (warp % WM) * 16 * MT + 16 * m + lane / 4 + 8 * (i / 2);
+                const int t = 8 * n + 2 * (lane % 4) + i % 2;
+                shared[(wk * TOKENS + t) * SUM_STRIDE + r] = sums[m][n][i];
+            }
+    __syncthreads();
+    for (int i = threadIdx.x; i < TOKENS * ROWS; i += THREADS) {
+        const int t = i / ROWS, r = i % ROWS;
+        if (t >= arg.tokens || row + r >= rows) continue;
+        float sum = 0;
+#pragma unroll
+        for (int k = 0; k < WK; ++k) sum += shared[(k * TOKENS + t) * SUM_STRIDE + r];
+        const long long at = static_cast<long long>(t) * rows + row + r;
+        const long long split = static_cast<long long>(blockIdx.y) * arg.tokens * rows;
+        if (!SPARSE) {
+            arg.low[split + at] = sum;
+        } else if (arg.y) {
+            arg.y[at] = from_float(arg.bias ? sum + to_float(arg.bias[row + r]) : sum);
+        } else {
+            arg.partial[split + at] = sum;
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) slope_decode(const Arguments arg) {
+    extern __shared__ __align__(256) char memory[];
+    const int tiles = (arg.outputs + ROWS - 1) / ROWS, tile = blockIdx.x;
+    if (tile < tiles) product<true>(arg, memory, arg.values, tile * ROWS, arg.outputs);
+    else product<false>(arg, memory, arg.down, (tile - tiles) * ROWS, arg.rank);
+}

@@ -1,0 +1,218 @@
+"""Y for a few tokens on the sparse tensor cores: ``decode.cu``, compiled when it is first needed.
+
+Where it can be used it replaces the kernel of :mod:`.decoding`, which expands the weight and keeps
+half of the tensor cores' time for zeros. T tokens, I = d_in, O = d_out, R rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slope.backends import nvrtc
+from slope.backends.decoding import finish, too_many_tokens
+
+_SOURCE = "decode.cu"
+_FIRST_CUDA = (12, 5)  # whose PTX has mma.sp::ordered_metadata
+_MULTIPLE = 64  # of I: a copy moves 8 bytes of metadata
+
+
+class MmaLaunch(NamedTuple):
+    """How the launch is cut up; the constants of ``decode.cu``.
+
+    Attributes:
+        token_tiles: tiles of 8 tokens; all tokens are in one block.
+        row_tiles: tiles of 16 outputs of a warp.
+        row_warps: warps of a block along the outputs.
+        column_warps: warps of a block along I, 128 columns each.
+        stages: steps in flight.
+        blocks: that I is split for where there are fewer tiles.
+    """
+
+    token_tiles: int
+    row_tiles: int
+    row_warps: int
+    column_warps: int
+    stages: int
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Outputs of a block."""
+        return 16 * self.row_tiles * self.row_warps
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.row_warps * self.column_warps
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: the steps in flight, then the sums of the warps along I."""
+        step, tokens = 128 * self.column_warps, 8 * self.token_tiles
+        stage = self.rows * step + 2 * tokens * step + self.rows * step // 8
+        return max(self.stages * stage, 4 * self.column_warps * tokens * (self.rows + 4))
+
+    def splits(self, out_features: int, in_features: int) -> int:
+        """Blocks that share the columns of one tile."""
+        tiles = -(-out_features // self.rows)
+        steps = -(-in_features // (256 * self.column_warps))
+        return max(1, min(self.blocks // tiles, steps // 2))
+
+
+# For up to 8, 16, 32 and 64 tokens; of each the fastest of 20 to 100 cuts on an H200 for outputs
+# that fill the GPU with small blocks, and for more of them.
+_WIDE = 8192
+_LAUNCHES = (
+    (8, MmaLaunch(1, 1, 1, 4, 4, 132), MmaLaunch(1, 1, 2, 2, 3, 132)),
+    (16, MmaLaunch(2, 2, 1, 4, 4, 132), MmaLaunch(2, 2, 2, 2, 3, 132)),
+    (32, MmaLaunch(4, 2, 2, 4, 3, 132), MmaLaunch(4, 2, 2, 2, 3, 132)),
+    (64, MmaLaunch(8, 2, 2, 2, 3, 132), MmaLaunch(8, 2, 4, 2, 3, 132)),
+)
+
+
+class _Arguments(ctypes.Structure):
+    """``struct Arguments`` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "values", "metadata", "x", "bias", "down", "y", "partial", "low",
+        )),
+        ("x_stride", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("tokens", "outputs", "inputs", "rank")),
+    )  # fmt: skip
+
+
+def launch_for(tokens: int, out_features: int) -> MmaLaunch:
+    """The cut for 1 to 64 tokens."""
+    few, many = next(cuts for most, *cuts in _LAUNCHES if tokens <= most)
+    return many if out_features >= _WIDE else few
+
+
+def why_no_mma(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    values_dtype: torch.dtype,
+    device: int,
+) -> str | None:
+    """Reason why :func:`decode_mma` cannot serve such a product on a GPU, or None.
+
+    Args:
+        tokens: T.
+        out_features: O.
+        in_features: I.
+        dtype: of the product.
+        values_dtype: of the values.
+        device: index of the GPU.
+    """
+    if reason := too_many_tokens(tokens) or _why_no_compiler():
+        return reason
+    if in_features % _MULTIPLE:
+        return f"in_features={in_features} is not divisible by {_MULTIPLE}"
+    if values_dtype != dtype:
+        names = (str(each).removeprefix("torch.") for each in (values_dtype, dtype))
+        return "the kernel casts nothing, and {} values are needed as {}".format(*names)
+    needed = launch_for(tokens, out_features).shared
+    gpu: Any = torch.cuda.get_device_properties(device)
+    found = gpu.shared_memory_per_block_optin
+    if needed > found:
+        return f"{tokens} tokens take {needed} bytes of shared memory, the GPU has {found}"
+    return None
+
+
+@functools.cache
+def _why_no_compiler() -> str | None:
+    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    if version < _FIRST_CUDA:
+        return f"CUDA {torch.version.cuda} compiles no mma.sp::ordered_metadata, CUDA 12.5 does"
+    return nvrtc.why_missing()
+
+
+def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int]:
+    """What ``decode.cu`` is compiled with."""
+    names = ("NT", "MT", "WM", "WK", "STAGES")
+    return dict(zip(names, launch, strict=False)) | {"BF16": int(dtype == torch.bfloat16)}
+
+
+@functools.cache
+def _kernel(launch: MmaLaunch, dtype: torch.dtype, device: int) -> nvrtc.Kernel:
+    return nvrtc.Kernel(_SOURCE, "slope_decode", constants(launch, dtype), launch.shared)
+
+
+def decode_mma(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    scale: float = 1.0,
+    launch: MmaLaunch | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """``Y = X (W^R)ᵀ + b + scale * (X downᵀ) upᵀ`` for up to 64 tokens, in one or two launches.
+
+    Sums are made in fp32, in an order that depends on shapes alone. X downᵀ is rounded to the dtype
+    of X, as two products would. The caller has asked :func:`why_no_mma`; tensors are on the current
+    GPU.
+
+    Args:
+        x: (T, I), bf16 or fp16; rows contiguous, any stride between them.
+        values: (O, I/2), dtype of ``x``, contiguous.
+        metadata: (O, I/8) uint8, contiguous.
+        bias: (O,), dtype of ``x``, or None.
+        down: (R, I), dtype of ``x``, contiguous, or None with ``up``.
+        up: (O, R), dtype of ``x``, contiguous.
+        scale: factor of the adapter.
+        launch: how to cut the work; None takes the table's.
+        splits: of I; None takes the launch's.
+
+    Returns:
+        (T, O), dtype of ``x``. Moves the weight once, and partial sums in fp32 where the work is
+        split or an adapter is added. An operand that begins at no multiple of 16 bytes is copied.
+
+    Raises:
+        RuntimeError: if the kernel cannot be compiled, loaded or launched.
+    """
+    (tokens, in_features), out_features = x.shape, values.shape[0]
+    y = x.new_empty((tokens, out_features))
+    if not y.numel():
+        return y
+    cut = launch or launch_for(tokens, out_features)
+    splits = splits or cut.splits(out_features, in_features)
+    rank = 0 if up is None else up.shape[1]
+    final = splits == 1 and rank == 0
+    partial = low_partial = None
+    if not final:
+        partial = x.new_empty((splits, tokens, out_features), dtype=torch.float32)
+    if rank:
+        low_partial = x.new_empty((splits, tokens, rank), dtype=torch.float32)
+    x = x if x.stride(0) % 8 == 0 else x.contiguous()
+    x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
+    down = None if down is None else _aligned(down)
+    written = y if final else None, partial, low_partial
+    argument = _Arguments(
+        *map(_pointer, (values, metadata, x, bias, down, *written)),
+        x.stride(0) * x.itemsize, tokens, out_features, in_features, rank,
+    )  # fmt: skip
+    device = x.device.index
+    tiles = -(-out_features // cut.rows) + -(-rank // cut.rows)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    _kernel(cut, x.dtype, device)((tiles, splits), cut.threads, argument, stream)
+    if partial is not None:
+        finish(partial, low_partial, up, bias, y, scale)
+    return y
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,146 @@
+"""CUDA C++ compiled at run time, for instructions that Triton does not have.
+
+NVRTC comes with every CUDA build of torch, and the driver launches what it made: no toolchain, no
+headers. A function is made once for each GPU and choice of constants.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import torch
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that need not be asked for
+
+
+class NvrtcError(RuntimeError):
+    """A kernel could not be compiled, loaded or launched."""
+
+
+def why_missing() -> str | None:
+    """Reason why nothing can be compiled, or None."""
+    try:
+        _compiler()
+    except NvrtcError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _compiler() -> Any:
+    """The library that torch was built with.
+
+    Raises:
+        NvrtcError: if there is none.
+    """
+    if torch.version.cuda is None:
+        raise NvrtcError("this torch was built without CUDA, so it has no NVRTC")
+    name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        raise NvrtcError(f"cannot load {name}: {error}") from None
+
+
+def compile_source(name: str, constants: Mapping[str, int], architecture: str) -> bytes:
+    """Machine code of a source file beside this module.
+
+    Args:
+        name: of the file.
+        constants: macros.
+        architecture: for example ``"sm_90"``.
+
+    Raises:
+        NvrtcError: with the compiler's log, or if there is no compiler.
+    """
+    library = _compiler()
+    source = resources.files(__package__).joinpath(name).read_bytes()
+    program = ctypes.c_void_p()
+
+    def call(function: str, *arguments: Any) -> None:
+        status = getattr(library, function)(*arguments)
+        if status:
+            raise NvrtcError(f"{function} returned {status} for {name}")
+
+    def read(what: str) -> bytes:
+        size = ctypes.c_size_t()
+        call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        call(f"nvrtcGet{what}", program, text)
+        return text.raw
+
+    call("nvrtcCreateProgram", ctypes.byref(program), source, name.encode(), 0, None, None)
+    try:
+        options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+        options += [f"-D{macro}={value}" for macro, value in constants.items()]
+        array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+        if library.nvrtcCompileProgram(program, len(options), array):
+            log = read("ProgramLog").rstrip(b"\0").decode(errors="replace")
+            raise NvrtcError(f"NVRTC cannot compile {name} for {architecture}: {log}")
+        return read("CUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+class Kernel:
+    """A compiled function on the current GPU; launched with one struct.
+
+    Args:
+        source: file beside this module.
+        function: ``extern "C"`` name.
+        constants: macros.
+        shared: bytes of dynamic shared memory.
+
+    Raises:
+        NvrtcError: if it cannot be compiled or loaded, or needs more shared memory than there is.
+    """
+
+    def __init__(
+        self, source: str, function: str, constants: Mapping[str, int], shared: int
+    ) -> None:
+        major, minor = torch.cuda.get_device_capability()
+        binary = compile_source(source, constants, f"sm_{major}{minor}")
+        self._driver = _driver()
+        self._shared = shared
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), binary)
+        self._call("cuModuleGetFunction", ctypes.byref(self._function), module, function.encode())
+        if shared > _DEFAULT_SHARED:
+            self._call(
+                "cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, ctypes.c_int(shared)
+            )
+
+    def __call__(
+        self, grid: tuple[int, int], threads: int, argument: ctypes.Structure, stream: int
+    ) -> None:
+        """Launch.
+
+        Args:
+            grid: blocks along two dimensions.
+            threads: of a block.
+            argument: the kernel's only parameter, copied by the launch.
+            stream: a CUDA stream's address.
+
+        Raises:
+            NvrtcError: if the driver refuses.
+        """
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        self._call(
+            "cuLaunchKernel", self._function, *grid, 1, threads, 1, 1, self._shared,
+            ctypes.c_void_p(stream), pointers, None,
+        )  # fmt: skip
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        status = getattr(self._driver, function)(*arguments)
+        if status:
+            raise NvrtcError(f"{function} returned CUDA error {status}")
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")

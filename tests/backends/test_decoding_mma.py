@@ -1,0 +1,146 @@
+"""The compiled decode kernel: that it compiles, how it is cut up, and when it is refused."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from slope.backends import decoding, decoding_mma, nvrtc
+from slope.backends.decoding_mma import MmaLaunch, decode_mma, launch_for, why_no_mma
+
+GPU = {"shared_memory_per_block_optin": 227 * 1024}  # of an H200
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def libraries():
+    """NVRTC of the package nvidia-cuda-nvrtc, builtins first."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    found = [path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc*.so*")]
+    return sorted(found, key=lambda path: "builtins" not in path.name)
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    files = [path for path in libraries() if "alt" not in path.name]
+    if not files:
+        pytest.skip("nvidia-cuda-nvrtc is not installed")
+    loaded = [ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in files]
+    monkeypatch.setattr(nvrtc, "_compiler", lambda: loaded[-1])
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    decoding_mma._why_no_compiler.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(nvrtc, "why_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**GPU))
+    yield
+    decoding_mma._why_no_compiler.cache_clear()
+
+
+def launches():
+    return [cut for _, *cuts in decoding_mma._LAUNCHES for cut in cuts]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_every_cut_compiles(compiler, architecture):
+    for number, cut in enumerate(launches()):
+        code = nvrtc.compile_source(
+            "decode.cu", decoding_mma.constants(cut, (BF16, FP16)[number % 2]), architecture
+        )
+        assert code.startswith(b"\x7fELF") and b"slope_decode" in code
+
+
+def test_what_cannot_be_compiled_says_where(compiler):
+    with pytest.raises(nvrtc.NvrtcError, match=r"NVRTC cannot compile decode\.cu for sm_90: .*NT"):
+        nvrtc.compile_source("decode.cu", {"MT": 1}, "sm_90")
+
+
+def test_the_struct_is_that_of_the_source():
+    assert ctypes.sizeof(decoding_mma._Arguments) == 8 * 8 + 8 + 4 * 4
+    source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
+    body = source[source.index("struct Arguments {") :].partition("};")[0]
+    names = re.findall(r"(\w+)[,;]", re.sub("//.*", "", body))
+    assert names == [name for name, _ in decoding_mma._Arguments._fields_]
+
+
+def test_cuts():
+    for tokens in range(1, decoding.MAX_TOKENS + 1):
+        for outputs in (64, 4096, 28672):
+            cut = launch_for(tokens, outputs)
+            assert 8 * cut.token_tiles >= tokens
+            assert cut.shared <= GPU["shared_memory_per_block_optin"] and cut.threads <= 1024
+    cut = MmaLaunch(1, 1, 1, 4, 4, 132)
+    assert (cut.rows, cut.threads) == (16, 128)
+    assert cut.shared == 4 * (16 * 512 + 8 * 1024 + 16 * 64)
+    assert cut.splits(4096, 4096) == 1 and cut.splits(1024, 4096) == 2
+    assert cut.splits(64, 4096) == 2 and cut.splits(64, 256) == 1  # of two steps each at least
+
+
+def refusal(tokens=1, shape=(64, 128), dtype=BF16, values=BF16):
+    return why_no_mma(tokens, *shape, dtype, values, 0)
+
+
+def test_refusals(with_cuda, monkeypatch):
+    assert refusal() is refusal(64) is None
+    assert refusal(65) == "65 tokens, the decode kernel takes up to 64"
+    assert refusal(shape=(64, 96)) == "in_features=96 is not divisible by 64"
+    assert "casts nothing, and float32 values are needed as bfloat16" in refusal(values=FP32)
+    monkeypatch.setitem(GPU, "shared_memory_per_block_optin", 99 * 1024)
+    assert refusal(8) is None
+    assert refusal(64) == "64 tokens take 153600 bytes of shared memory, the GPU has 101376"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "CUDA None compiles no mma.sp::ordered_metadata, CUDA 12.5 does"),
+        ("12.4", "CUDA 12.4 compiles no mma.sp"),
+        ("99.1", r"cannot load libnvrtc.so.99: "),
+    ],
+)
+def test_a_compiler_that_is_too_old_or_missing_is_a_reason(monkeypatch, version, reason):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    for cached in (nvrtc._compiler, decoding_mma._why_no_compiler):
+        cached.cache_clear()
+    assert reason in refusal()
+    if version is None:
+        assert nvrtc.why_missing() == "this torch was built without CUDA, so it has no NVRTC"
+    decoding_mma._why_no_compiler.cache_clear()
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_what_is_launched(monkeypatch, rank):
+    """The grid and every pointer, with operands that lie apart or begin in the middle of a word."""
+    seen, finished = [], []
+
+    def kernel(cut, dtype, device):
+        assert dtype == BF16
+        return lambda *given: seen.append((cut, *given))
+
+    monkeypatch.setattr(decoding_mma, "_kernel", kernel)
+    monkeypatch.setattr(decoding_mma, "finish", lambda *given: finished.append(given))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    x = torch.zeros(3, 260, dtype=BF16)[:, 4:]  # rows 520 bytes apart
+    values = torch.zeros(128 * 64 + 1, dtype=BF16)[1:].view(64, 128)
+    metadata = torch.zeros(64, 32, dtype=torch.uint8)
+    bias = torch.zeros(64, dtype=BF16)
+    down = torch.zeros(rank, 256, dtype=BF16) if rank else None
+    up = torch.zeros(64, rank, dtype=BF16) if rank else None
+    y = decode_mma(x, values, metadata, bias, down, up, 0.5)
+    assert y.shape == (3, 64) and y.dtype == BF16
+    ((cut, grid, threads, argument, stream),) = seen
+    assert (grid, threads, stream) == ((4 + (rank > 0), 1), cut.threads, 7)
+    assert (argument.tokens, argument.outputs, argument.inputs, argument.rank) == (3, 64, 256, rank)
+    assert argument.x_stride == 512 and argument.x % 16 == argument.values % 16 == 0
+    assert argument.metadata == metadata.data_ptr() and argument.bias == bias.data_ptr()
+    assert (argument.down is None, argument.y is None) == (not rank, rank > 0)
+    assert len(finished) == (rank > 0)
+    assert decode_mma(x[:0], values, metadata).shape == (0, 64) and len(seen) == 1
