@@ -37,12 +37,14 @@ def compiler(monkeypatch):
 
 @pytest.fixture
 def with_cuda(monkeypatch):
-    decoding_mma._why_no_compiler.cache_clear()
+    for cached in (decoding_mma._why_no_compiler, decoding_mma._shared_memory):
+        cached.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(nvrtc, "why_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**GPU))
     yield
-    decoding_mma._why_no_compiler.cache_clear()
+    for cached in (decoding_mma._why_no_compiler, decoding_mma._shared_memory):
+        cached.cache_clear()
 
 
 def launches():
@@ -73,11 +75,17 @@ def test_the_struct_is_that_of_the_source():
 
 def test_cuts():
     for tokens in range(1, decoding.MAX_TOKENS + 1):
-        for outputs in (64, 4096, 28672):
-            cut = launch_for(tokens, outputs)
+        for outputs in (64, 2048, 4096, 28672):
+            for memory in (99 * 1024, 163 * 1024, 227 * 1024):
+                cut = launch_for(tokens, outputs, memory)
+                if cut is None:
+                    assert tokens > 16 and memory < 163 * 1024
+                    continue
+                assert cut.shared <= memory
             assert 8 * cut.token_tiles >= tokens
-            assert cut.shared <= GPU["shared_memory_per_block_optin"] and cut.threads <= 1024
+            assert cut.threads <= 1024
     cut = MmaLaunch(1, 1, 1, 4, 4, 132)
+    assert cut._replace(blocks=0).splits(64, 4096) == 1
     assert (cut.rows, cut.threads) == (16, 128)
     assert cut.shared == 4 * (16 * 512 + 8 * 1024 + 16 * 64)
     assert cut.splits(4096, 4096) == 1 and cut.splits(1024, 4096) == 2
@@ -93,9 +101,10 @@ def test_refusals(with_cuda, monkeypatch):
     assert refusal(65) == "65 tokens, the decode kernel takes up to 64"
     assert refusal(shape=(64, 96)) == "in_features=96 is not divisible by 64"
     assert "casts nothing, and float32 values are needed as bfloat16" in refusal(values=FP32)
+    decoding_mma._shared_memory.cache_clear()
     monkeypatch.setitem(GPU, "shared_memory_per_block_optin", 99 * 1024)
     assert refusal(8) is None
-    assert refusal(64) == "64 tokens take 153600 bytes of shared memory, the GPU has 101376"
+    assert refusal(64) == "64 tokens take more than the GPU's 101376 bytes of shared memory"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +135,7 @@ def test_what_is_launched(monkeypatch, rank):
         return lambda *given: seen.append((cut, *given))
 
     monkeypatch.setattr(decoding_mma, "_kernel", kernel)
+    monkeypatch.setattr(decoding_mma, "_shared_memory", lambda device: 227 * 1024)
     monkeypatch.setattr(decoding_mma, "finish", lambda *given: finished.append(given))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     x = torch.zeros(3, 260, dtype=BF16)[:, 4:]  # rows 520 bytes apart

@@ -30,7 +30,7 @@ class MmaLaunch(NamedTuple):
         row_warps: warps of a block along the outputs.
         column_warps: warps of a block along I, 128 columns each.
         stages: steps in flight.
-        blocks: that I is split for where there are fewer tiles.
+        blocks: that I is split for where there are fewer tiles; 0 never splits it.
     """
 
     token_tiles: int
@@ -64,14 +64,14 @@ class MmaLaunch(NamedTuple):
         return max(1, min(self.blocks // tiles, steps // 2))
 
 
-# For up to 8, 16, 32 and 64 tokens; of each the fastest of 20 to 100 cuts on an H200 for outputs
-# that fill the GPU with small blocks, and for more of them.
-_WIDE = 8192
+# For up to 8, 16, 32 and 64 tokens, each for the outputs up to these bounds: the fastest of 6 cuts
+# with 1, 2, 4 and 8 splits on an H200, by 14 shapes from 768 x 768 to 50304 x 4096.
+_OUTPUTS = (2048, 6144, float("inf"))
 _LAUNCHES = (
-    (8, MmaLaunch(1, 1, 1, 4, 4, 132), MmaLaunch(1, 1, 2, 2, 3, 132)),
-    (16, MmaLaunch(2, 2, 1, 4, 4, 132), MmaLaunch(2, 2, 2, 2, 3, 132)),
-    (32, MmaLaunch(4, 2, 2, 4, 3, 132), MmaLaunch(4, 2, 2, 2, 3, 132)),
-    (64, MmaLaunch(8, 2, 2, 2, 3, 132), MmaLaunch(8, 2, 4, 2, 3, 132)),
+    (8, MmaLaunch(1, 1, 1, 8, 3, 0), MmaLaunch(1, 1, 1, 4, 4, 0), MmaLaunch(1, 1, 2, 2, 3, 0)),
+    (16, MmaLaunch(2, 1, 1, 4, 4, 0), MmaLaunch(2, 2, 1, 8, 3, 0), MmaLaunch(2, 2, 2, 2, 3, 0)),
+    (32, MmaLaunch(4, 1, 1, 4, 4, 0), MmaLaunch(4, 2, 1, 4, 3, 0), MmaLaunch(4, 2, 2, 2, 3, 0)),
+    (64, MmaLaunch(8, 1, 2, 4, 2, 132), MmaLaunch(8, 2, 2, 4, 2, 132), MmaLaunch(8, 2, 4, 2, 3, 0)),
 )
 
 
@@ -87,10 +87,26 @@ class _Arguments(ctypes.Structure):
     )  # fmt: skip
 
 
-def launch_for(tokens: int, out_features: int) -> MmaLaunch:
-    """The cut for 1 to 64 tokens."""
-    few, many = next(cuts for most, *cuts in _LAUNCHES if tokens <= most)
-    return many if out_features >= _WIDE else few
+def launch_for(tokens: int, out_features: int, shared_memory: int) -> MmaLaunch | None:
+    """The cut for 1 to 64 tokens.
+
+    Args:
+        tokens: T.
+        out_features: O.
+        shared_memory: bytes that a block may have.
+
+    Returns:
+        The table's, or another that fits into less memory; None if none does.
+    """
+    cuts = next(cuts for most, *cuts in _LAUNCHES if tokens <= most)
+    best = next(number for number, most in enumerate(_OUTPUTS) if out_features <= most)
+    return next((cut for cut in cuts[best:] + cuts[:best] if cut.shared <= shared_memory), None)
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
+    gpu: Any = torch.cuda.get_device_properties(device)
+    return int(gpu.shared_memory_per_block_optin)
 
 
 def why_no_mma(
@@ -118,11 +134,9 @@ def why_no_mma(
     if values_dtype != dtype:
         names = (str(each).removeprefix("torch.") for each in (values_dtype, dtype))
         return "the kernel casts nothing, and {} values are needed as {}".format(*names)
-    needed = launch_for(tokens, out_features).shared
-    gpu: Any = torch.cuda.get_device_properties(device)
-    found = gpu.shared_memory_per_block_optin
-    if needed > found:
-        return f"{tokens} tokens take {needed} bytes of shared memory, the GPU has {found}"
+    if launch_for(tokens, out_features, _shared_memory(device)) is None:
+        memory = f"the GPU's {_shared_memory(device)} bytes of shared memory"
+        return f"{tokens} tokens take more than {memory}"
     return None
 
 
@@ -184,7 +198,10 @@ def decode_mma(
     y = x.new_empty((tokens, out_features))
     if not y.numel():
         return y
-    cut = launch or launch_for(tokens, out_features)
+    device = x.device.index
+    cut = launch or launch_for(tokens, out_features, _shared_memory(device))
+    if cut is None:
+        raise RuntimeError("no cut fits into the GPU's shared memory; ask why_no_mma first.")
     splits = splits or cut.splits(out_features, in_features)
     rank = 0 if up is None else up.shape[1]
     final = splits == 1 and rank == 0
@@ -201,7 +218,6 @@ def decode_mma(
         *map(_pointer, (values, metadata, x, bias, down, *written)),
         x.stride(0) * x.itemsize, tokens, out_features, in_features, rank,
     )  # fmt: skip
-    device = x.device.index
     tiles = -(-out_features // cut.rows) + -(-rank // cut.rows)
     stream = torch._C._cuda_getCurrentRawStream(device)
     _kernel(cut, x.dtype, device)((tiles, splits), cut.threads, argument, stream)
