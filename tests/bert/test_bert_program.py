@@ -65,7 +65,7 @@ def test_both_phases_train_and_sum_up(finished):
     log = (finished.root / "logs" / "second" / "run.log").read_text()
     assert "bert-demo/last.ckpt (step 8 of 8)" in log
     # Optimizer and schedule of phase 2 are new.
-    assert [float(row["lr"]) for row in rows][0] == pytest.approx(4e-3)
+    assert [float(row["lr"]) for row in rows][0] == pytest.approx(1e-3)
     steps = {
         group["step"] for group in finished.last("second")["optimizer_states"][0]["param_groups"]
     }
@@ -155,12 +155,20 @@ def test_both_phases_killed_end_as_the_unbroken_ones(runs, finished):
         runs.assert_same(f"whole-{name}", name)
 
 
-def test_the_fine_tuner_reads_the_checkpoint(finished):
+def test_the_fine_tuner_reads_the_checkpoint(finished, tmp_path):
     chosen = settings(
         ["task=glue/sst2", f"init_from={finished.checkpoints('second')}", "max_length=32"]
     )
     encoder = load_encoder(chosen, load_word_pieces(None, chosen.init_from))
     assert encoder.pooler is not None
+    known = load_word_pieces(None, chosen.init_from).backend.get_vocab()
+    tokens = sorted(known, key=known.get)
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*tokens[:5], *reversed(tokens[5:])]))
+    with pytest.raises(
+        ValueError, match=r"vocab\.txt' does not fit the .* its entry \d+ and was \d"
+    ):
+        load_encoder(chosen, load_word_pieces(str(path), chosen.init_from))
     assert len(list(slope.sparse_layers(encoder))) == 9
 
 

@@ -112,11 +112,16 @@ def test_a_folder_of_the_whole_download_will_do(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("sst2", "text\tlabel\ngood\t1\n", "line 1: no column 'sentence'; columns found: text, l"),
+        ("sst2", "text\tlabel\ngood\t1\n", "line 1: needs one column 'sentence', and its columns "
+         "are 'text', 'label'. The official SST-2 file has a line of names, among them the"),
+        ("sst2", "sentence,label\ngood,1\n", "columns are 'sentence,label'.* one tab between two"),
+        ("sst2", "label\tlabel\tsentence\n1\t1\tgood\n", "line 1: needs one column 'label'"),
         ("sst2", "sentence\tlabel\ngood\t1\nbad\n", r"line 3: 1 columns, not the 2 of SST-2"),
         ("sst2", "sentence\tlabel\ngood\t2\n", "line 2: label is '2', none of 0, 1"),
         ("sst2", "sentence\tlabel\n", "has no examples"),
         ("cola", "gj04\t1\t\n", "line 1: 3 columns, not the 4 of CoLA"),
+        ("cola", "source\tlabel\tjudgment\tsentence\n", "line 1: label is 'label', none of 0, 1; "
+         "correct it. The official CoLA file has no line of names"),
         ("rte", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tyes\n", "line 2: label is 'yes'"),
         ("stsb", OFFICIAL["stsb"][0] + "\n" + OFFICIAL["stsb"][1].format("a", "b", "5.5"),
          "line 2: score is '5.5', no number from 0 to 5"),
@@ -135,7 +140,7 @@ def test_a_wrong_file_is_named_with_its_line(name, text, message, tmp_path):
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     folder = write(tmp_path / "data", "sst2")
     (folder / "dev.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
-    with pytest.raises(ValueError, match=r"dev.tsv' is not UTF-8"):
+    with pytest.raises(ValueError, match=r"dev.tsv' line 2: not UTF-8 text .* convert it"):
         task("sst2", folder)
 
 
@@ -146,6 +151,17 @@ def test_a_missing_split_is_named_with_what_is_there(tmp_path):
         FileNotFoundError, match=r"no dev_mismatched.tsv \(found: dev_matched.tsv, train.tsv\)"
     ):
         task("mnli", folder)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder '.*glue'; type data=<the off"):
+        task("sst2", tmp_path / "glue")
+
+
+def test_empty_lines_are_no_examples(tmp_path):
+    folder = write(tmp_path / "data", "sst2")
+    (folder / "dev.tsv").write_text("sentence\tlabel\n\ngood\t1\r\n\n")
+    assert task("sst2", folder).examples["dev"] == [(("good",), 1)]
 
 
 def test_broken_lines_of_qqp_are_left_out_and_said(tmp_path, caplog):

@@ -86,7 +86,7 @@ def pretrain(folder, vocabulary=VOCABULARY_SIZE, family="bert", awake=False, **p
     if awake:
         slope.activate_adapters(model)
         with torch.no_grad():
-            for adapter in slope.convert.adapters(model):
+            for adapter in slope.layers.adapters(model):
                 adapter.up.normal_(std=0.02)
     signature = {"model.family": family, "vocabulary": vocabulary, "datamodule.max_length": 64}
     signature |= {"trainer.max_steps": 100}
@@ -256,6 +256,21 @@ def test_a_vocabulary_of_another_size_is_refused(place, tmp_path):
         load_encoder(chosen("task=glue/sst2", f"init_from={place / 'sparse'}"), pieces)
 
 
+def test_a_vocabulary_of_the_same_size_and_other_numbers_is_refused(place, tmp_path):
+    (tmp_path / "other.txt").write_text("\n".join([*VOCABULARY[:-2], *VOCABULARY[:-3:-1]]))
+    pieces = load_word_pieces(str(tmp_path / "other.txt"), "x")
+    with pytest.raises(
+        ValueError, match=r"other\.txt' does not fit .*sparse: '##ly' is its entry 34 and was 35"
+    ):
+        load_encoder(chosen("task=glue/sst2", f"init_from={place / 'sparse'}"), pieces)
+
+
+def test_a_start_that_is_not_there_is_named_before_its_tokenizer(place, tmp_path):
+    start = tmp_path / "checkpoints" / "bert"
+    with pytest.raises(FileNotFoundError, match=rf"init_from={start} does not exist; give a chec"):
+        finetune(chosen(*SST2, *common(place), f"init_from={start}", "name=nothing"))
+
+
 def test_a_length_beyond_the_positions_is_refused(place):
     with pytest.raises(ValueError, match=r"max_length=65 is longer than the checkpoint's 64 pos"):
         encoder_of(place, place / "sparse", "max_length=65")
@@ -267,11 +282,12 @@ def test_a_length_beyond_the_positions_is_refused(place):
         (["[PAD]", "[UNK]", "[CLS]", "a"], r"has no token \[SEP\], so it is none of BERT's kind"),
         (["[PAD]", "a", "a"], "line 3: 'a' is there twice"),
         (["[PAD]", "", "a"], "line 2: empty"),
+        (["[PAD]", "\udcff"], "line 2: not UTF-8 text .* convert it with iconv"),
     ],
 )
 def test_a_wrong_vocabulary_is_named_with_its_line(tokens, message, tmp_path):
     path = tmp_path / "vocab.txt"
-    path.write_text("\n".join(tokens) + "\n")
+    path.write_text("\n".join(tokens) + "\n", errors="surrogateescape")
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         load_word_pieces(str(path), "x")
     assert re.search(message, str(caught.value))
@@ -284,6 +300,10 @@ def test_a_tokenizer_is_looked_for_beside_the_checkpoint(place, tmp_path):
         load_word_pieces(None, str(tmp_path))
     with pytest.raises(ValueError, match="unknown tokenizer 'bert-typo'.* type tokenizer="):
         load_word_pieces("bert-typo", "x")
+    with pytest.raises(
+        ValueError, match="tokenizer=wordpiece:512 is one to train on a corpus, and"
+    ):
+        load_word_pieces("wordpiece:512", "x")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(place):
@@ -315,6 +335,11 @@ def test_the_published_numbers_are_the_defaults():
         (["task=squad", "init_from=x", "batch_size=0"], "batch_size=0 must be at least 1"),
         (["task=squad", "init_from=x", "warmup_ratio=2"], "must be at most 1"),
         (["task=squad", "init_from=x", "precision=8"], "precision='8' must be one of 32-true"),
+        (["task=squad", "init_from=x", "epochs=inf"], "epochs=inf must be above 0, and finite"),
+        (
+            ["task=squad", "init_from=x", "accelerator=tpu"],
+            "accelerator='tpu' must be one of auto,",
+        ),
         (["task=squad", "init_from=x", "seeds=[1,1]"], r"seeds=\[1, 1\] must be different"),
         (["task=squad", "init_from=x", "seeds=[]"], r"seeds=\[\] must be different"),
         (["task=squad", "init_from=x", "max_length=64"], "leaves no room for a context"),

@@ -75,8 +75,8 @@ def test_an_answer_that_is_one_character_off_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"data": [\n}', "line 2: no JSON"),
-        ('{"version": 1}', "is no SQuAD v1.1 file: a UTF-8 JSON object with a list 'data'"),
+        ('{"data": [\n}', "line 2: no JSON .* is the download complete"),
+        ('{"version": 1}', "line 1: no SQuAD v1.1 file: a JSON object with a list 'data'"),
         ('{"data": []}', "has no questions"),
         ('{"data": [{"title": "x"}]}', r"KeyError: 'paragraphs' after 0 questions"),
         ('{"data": [{"paragraphs": [{"context": "a", "qas":\n [{"id": "q", "question": "b", '
@@ -89,6 +89,58 @@ def test_a_wrong_file_is_an_error(text, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         list(squad.read(path))
     assert re.search(message, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": 5}, r"question 5: its id is 5, and must be a text"),
+        ({"question": None}, "question '1-1': its question is null, and must be a text"),
+        ({"answers": None}, "it has no list of answers"),
+        (
+            {"answers": [{"text": "rome", "answer_start": "x"}]},
+            'answer is {"text": "rome", "answer_',
+        ),
+        ({"answers": [{"text": 1905, "answer_start": 0}]}, '{"text": 1905, .* must be a text with'),
+        ({"id": "1-0"}, "question '1-0': the id is there twice; give each question an id of its"),
+    ],
+)
+def test_a_wrong_question_is_named_with_its_line(change, message, tmp_path):
+    article = squad_article(3, 1)
+    asked = article["data"][0]["paragraphs"][1]["qas"][0]
+    asked |= change
+    path = dump(tmp_path / "a.json", article)
+    text = path.read_text()
+    line = text.count("\n", 0, text.rindex(f'"id": {json.dumps(asked["id"])}')) + 1
+    with pytest.raises(ValueError, match=rf"a\.json' line {line}, question") as caught:
+        list(squad.read(path))
+    assert re.search(message, str(caught.value))
+
+
+def test_a_question_without_an_id_is_found_by_its_text(tmp_path):
+    article = squad_article(1, 1)
+    del article["data"][0]["paragraphs"][0]["qas"][0]["id"]
+    with pytest.raises(ValueError, match=r"line \d+, question 'What city\?': its id is null, and"):
+        list(squad.read(dump(tmp_path / "a.json", article)))
+
+
+def test_a_context_that_is_no_text_is_named(tmp_path):
+    article = squad_article(1, 1)
+    article["data"][0]["paragraphs"][0]["context"] = 7
+    with pytest.raises(
+        ValueError, match=r"line \d+, question '1-0': its context is 7, and must be"
+    ):
+        list(squad.read(dump(tmp_path / "a.json", article)))
+
+
+def test_a_byte_order_mark_is_no_error_and_another_encoding_is(tmp_path):
+    path = dump(tmp_path / "a.json", squad_article(1, 1))
+    text = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + text)
+    assert len(list(squad.read(path))) == 1
+    path.write_bytes(b"{\n" + text.replace(b"Cities", b"Citi\xe9s"))
+    with pytest.raises(ValueError, match=r"a\.json' line \d+: not UTF-8 text .*; convert it with"):
+        list(squad.read(path))
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,7 +1,7 @@
 """Read documents from local files, and say exactly where a file is wrong.
 
 Formats: ``.txt``/``.md``, JSON lines (``.jsonl``, ``.ndjson``, ``.json``), each also ``.gz``,
-``.zst`` or ``.xz``, and ``.parquet``. Nothing is read whole: memory stays at some MiB per file.
+``.zst`` or ``.xz``, and ``.parquet``. No corpus is read whole: memory stays at some MiB per file.
 
 A text file is cut into documents at ``<|endoftext|>`` and, where a document grows longer than
 ``PIECE_CHARS``, at the next blank line; so that one long book can be split for validation.
@@ -30,6 +30,23 @@ _BLOCK_BYTES = 1 << 18
 _SHOWN_CHARS = 60
 _MAGIC = ((b"\x1f\x8b", ".gz"), (b"\x28\xb5\x2f\xfd", ".zst"), (b"\xfd7zXZ", ".xz"),
           (b"PAR1", ".parquet"))  # fmt: skip
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a vocabulary or of a task's file, without a byte order mark.
+
+    Raises:
+        ValueError: if it is not UTF-8, with the line.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"'{path}' line {line}: not UTF-8 text ({error.reason}); convert it with "
+            "iconv -t UTF-8, or give another file."
+        ) from error
 
 
 def find_files(patterns: Iterable[str]) -> tuple[Path, ...]:

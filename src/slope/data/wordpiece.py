@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slope.data.files import read_utf8
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -76,10 +78,10 @@ def from_vocabulary(path: Path) -> Tokenizer:
     """BERT's uncased tokenizer of a ``vocab.txt``.
 
     Raises:
-        ValueError: if a line is empty or there twice.
+        ValueError: if a line is empty or there twice, or the file is not UTF-8.
     """
     vocabulary: dict[str, int] = {}
-    for number, line in enumerate(path.read_bytes().decode().removesuffix("\n").split("\n")):
+    for number, line in enumerate(read_utf8(path).removesuffix("\n").split("\n")):
         token = line.removesuffix("\r")
         if not token or token in vocabulary:
             what = f"{token!r} is there twice" if token else "empty"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ TASKS = (
     "squad",
 )
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+ACCELERATORS = ("auto", "cpu", "cuda")
 _RECIPES = Path(__file__).with_name("tasks.yaml")
 # least value, and whether it is allowed
 _RANGES: dict[str, tuple[float, bool]] = {
@@ -148,12 +150,16 @@ def _recipe(task: str) -> Mapping[str, Any]:
 def _check(found: Settings) -> None:
     for key, (least, allowed) in _RANGES.items():
         value = getattr(found, key)
-        if not (value > least or (allowed and value == least)):
-            raise ValueError(f"{key}={value} must be {'at least' if allowed else 'above'} {least}.")
+        if not (math.isfinite(value) and (value > least or (allowed and value == least))):
+            bound = "at least" if allowed else "above"
+            raise ValueError(f"{key}={value} must be {bound} {least}, and finite.")
     if found.warmup_ratio > 1:
         raise ValueError(f"warmup_ratio={found.warmup_ratio} must be at most 1.")
-    if found.precision not in PRECISIONS:
-        raise ValueError(f"precision={found.precision!r} must be one of {', '.join(PRECISIONS)}.")
+    for key, allowed_values in (("precision", PRECISIONS), ("accelerator", ACCELERATORS)):
+        if getattr(found, key) not in allowed_values:
+            raise ValueError(
+                f"{key}={getattr(found, key)!r} must be one of {', '.join(allowed_values)}."
+            )
     if not found.seeds or len(set(found.seeds)) < len(found.seeds) or min(found.seeds) < 0:
         raise ValueError(f"seeds={found.seeds} must be different numbers from 0 on, as [0,1,2].")
     if found.task == "squad" and found.max_length < found.max_query_length + 4:

@@ -113,6 +113,11 @@ def load_word_pieces(spec: str | None, init_from: str) -> WordPieces:
     """
     if spec is None:
         spec = _beside(Path(init_from))
+    elif spec.startswith(("bpe:", "wordpiece:")):
+        raise ValueError(
+            f"tokenizer={spec} is one to train on a corpus, and a fine-tuning needs the "
+            "checkpoint's; type tokenizer=<its tokenizer.json or vocab.txt>."
+        )
     path = Path(spec)
     if (path / _FILES[1]).is_file() and not (path / _FILES[0]).is_file():
         path = path / _FILES[1]
@@ -125,7 +130,7 @@ def load_word_pieces(spec: str | None, init_from: str) -> WordPieces:
 
         try:
             loaded = load_tokenizer(DataConfig(tokenizer=spec), ())
-        except ValueError as error:
+        except (RuntimeError, ValueError) as error:
             text = str(error).replace("datamodule.tokenizer", "tokenizer")
             raise ValueError(text) from error
         backend, roles = loaded.backend, loaded.special_tokens

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slope.data.files import read_utf8
 from slope.finetune import metrics
 from slope.finetune.config import Settings
 from slope.finetune.features import Feature, WordPieces
@@ -171,6 +172,11 @@ class GlueTask:
 
 
 def _folder(data: Path, form: _Format) -> Path:
+    if not data.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder '{data}'; type data=<the official {form.folder} folder>, or "
+            "data=hub."
+        )
     inside = data / form.folder
     folder = inside if inside.is_dir() else data
     for split in ("train", *(split for _, split in form.evaluations)):
@@ -188,49 +194,57 @@ def _read(path: Path, form: _Format) -> Iterator[Example]:
     names: Sequence[str] | None = form.columns
     broken: list[int] = []
     count = 0
-    try:
-        # Lines end in \n alone: some sentences hold other separators.
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                cells = line.rstrip("\r\n").split("\t")
-                if names is None:
-                    names = cells
-                    _check_names(path, names, form)
-                elif len(cells) == len(names):
-                    yield _example(dict(zip(names, cells, strict=True)), form, path, number)
-                    count += 1
-                elif form.ragged:
-                    broken.append(number)
-                else:
-                    raise ValueError(
-                        f"'{path}' line {number}: {len(cells)} columns, not the {len(names)} of "
-                        f"{form.folder} ({', '.join(names)}); separate them by one tab."
-                    )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8 ({error}).") from error
+    # Lines end in \n alone: some sentences hold other separators.
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        cells = line.rstrip("\r").split("\t")
+        if names is None:
+            names = cells
+            _check_names(path, number, names, form)
+        elif len(cells) == len(names):
+            try:
+                yield _example(dict(zip(names, cells, strict=True)), form)
+            except ValueError as error:
+                hint = f" {_layout(form)}" if form.columns and number == 1 else ""
+                raise ValueError(f"'{path}' line {number}: {error}{hint}") from error
+            count += 1
+        elif form.ragged:
+            broken.append(number)
+        else:
+            raise ValueError(
+                f"'{path}' line {number}: {len(cells)} columns, not the {len(names)} of "
+                f"{form.folder} ({', '.join(names)}); separate them by one tab."
+            )
     if broken:
         log.warning("%s: %d broken lines left out, the first is %d.", path, len(broken), broken[0])
     if not count:
         raise ValueError(f"'{path}' has no examples; is the download complete?")
 
 
-def _check_names(path: Path, names: Sequence[str], form: _Format) -> None:
-    missing = [name for name in (*form.sentences, form.label) if name not in names]
-    if missing:
+def _check_names(path: Path, number: int, names: Sequence[str], form: _Format) -> None:
+    wrong = [name for name in (*form.sentences, form.label) if names.count(name) != 1]
+    if wrong:
         raise ValueError(
-            f"'{path}' line 1: no column {', '.join(map(repr, missing))}; columns found: "
-            f"{', '.join(names)}. Is it a {form.folder} file, with its line of names?"
+            f"'{path}' line {number}: needs one column {' and one '.join(map(repr, wrong))}, and "
+            f"its columns are {', '.join(map(repr, names))}. {_layout(form)}"
         )
 
 
-def _example(row: Mapping[str, str], form: _Format, path: Path, number: int) -> Example:
+def _layout(form: _Format) -> str:
+    """What to write instead."""
+    names = ", ".join(form.columns or (*form.sentences, form.label))
+    first = "no line of names, and" if form.columns else "a line of names, among them"
+    return f"The official {form.folder} file has {first} the columns {names}, one tab between two."
+
+
+def _example(row: Mapping[str, str], form: _Format) -> Example:
     text = row[form.label]
     sentences = tuple(row[name] for name in form.sentences)
     if form.labels is not None:
         if text not in form.labels:
             raise ValueError(
-                f"'{path}' line {number}: {form.label} is {text!r}, none of "
-                f"{', '.join(form.labels)}."
+                f"{form.label} is {text!r}, none of {', '.join(form.labels)}; correct it."
             )
         return Example(sentences, form.labels.index(text))
     try:
@@ -240,8 +254,7 @@ def _example(row: Mapping[str, str], form: _Format, path: Path, number: int) -> 
     least, most = _STSB_RANGE
     if not least <= value <= most:
         raise ValueError(
-            f"'{path}' line {number}: {form.label} is {text!r}, no number from {least:g} to "
-            f"{most:g}."
+            f"{form.label} is {text!r}, no number from {least:g} to {most:g}; correct it."
         )
     return Example(sentences, value)
 

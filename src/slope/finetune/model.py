@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import slope
-from slope.convert import adapted_layers, pruned_layers
 from slope.finetune.config import Settings
-from slope.finetune.features import WordPieces
+from slope.finetune.features import WordPieces, load_word_pieces
+from slope.layers import adapted_layers, pruned_layers
 from slope.methods.static import StaticWeight
 from slope.training import initial
 
@@ -47,6 +48,7 @@ def load_encoder(settings: Settings, pieces: WordPieces) -> Any:
             "fine-tuned; give the checkpoint of an experiment=bert/... run."
         )
     _check_fits(settings, pieces, model.config, vocabulary)
+    _check_words(settings, pieces, weights)
     pruned = next((layer for _, layer in pruned_layers(model)), None)
     if settings.dense and any(True for _ in adapted_layers(model)):
         slope.densify(model, fold_adapters=True)
@@ -64,11 +66,9 @@ def _model(weights: initial.Weights) -> tuple[Any, int | None]:
     if weights.content is not None:
         from slope.models import build_model
 
-        saved, prefix = weights.content["slope"]["signature"], "model.config."
-        vocabulary = int(saved["vocabulary"])
-        config = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-        section = {"family": saved["model.family"], "config": config}
-        model = build_model(section, vocabulary, int(saved["datamodule.max_length"]))
+        saved = weights.content["slope"]["signature"]
+        vocabulary, length = int(saved["vocabulary"]), int(saved["datamodule.max_length"])
+        model = build_model(initial.model_section(weights.content), vocabulary, length)
         initial.restore(model, weights)
         return model, vocabulary
     if (weights.path / "slope.json").is_file():
@@ -112,6 +112,30 @@ def _check_fits(
         raise ValueError(
             f"max_length={settings.max_length} is longer than the checkpoint's {positions} "
             f"positions; set max_length={positions} or start from a checkpoint of longer sequences."
+        )
+
+
+def _check_words(settings: Settings, pieces: WordPieces, weights: initial.Weights) -> None:
+    """See that word pieces have the numbers that the checkpoint was trained with.
+
+    A run's checkpoint holds its tokenizer; of a folder, the one that lies in it is compared.
+    """
+    from tokenizers import Tokenizer
+
+    ours = theirs = pieces.backend.get_vocab()
+    if weights.content is not None:
+        if plain := weights.content["slope"].get("tokenizer"):
+            theirs = Tokenizer.from_str(plain["json"]).get_vocab()
+    else:
+        with suppress(FileNotFoundError):
+            theirs = load_word_pieces(None, settings.init_from).backend.get_vocab()
+    others = [word for word, number in ours.items() if theirs.get(word) != number]
+    if others:
+        other = min(others, key=lambda word: ours[word])
+        raise ValueError(
+            f"tokenizer '{pieces.path}' does not fit the checkpoint {settings.init_from}: "
+            f"{other!r} is its entry {ours[other]} and was {theirs.get(other, 'none')} when the "
+            "checkpoint was trained; type tokenizer=<the one that it was trained with>."
         )
 
 

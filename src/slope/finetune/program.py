@@ -70,8 +70,9 @@ def _run(settings: Settings, folder: Path, seeds: Sequence[int]) -> None:
     from slope.finetune.glue import GlueTask
     from slope.finetune.model import load_encoder, with_head
     from slope.finetune.squad import SquadTask
-    from slope.training import rng
+    from slope.training import initial, rng
 
+    initial.locate(settings.init_from)
     task = SquadTask(settings) if settings.task == "squad" else GlueTask(settings)
     pieces = load_word_pieces(settings.tokenizer, settings.init_from)
     encoder = load_encoder(settings, pieces)
@@ -127,7 +128,7 @@ def _save(folder: Path, files: Mapping[str, str], model: Any, pieces: WordPieces
 
 def _save_model(model: Any, folder: Path, pieces: WordPieces) -> None:
     import slope
-    from slope.convert import adapted_layers
+    from slope.layers import adapted_layers
 
     if any(True for _ in slope.sparse_layers(model)):
         slope.save_pretrained(model, folder, pieces.backend)

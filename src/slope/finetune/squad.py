@@ -8,6 +8,7 @@ windows counts once; over all windows of a question the span of the largest star
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slope.data.files import read_utf8
 from slope.finetune import metrics
 from slope.finetune.config import Settings
 from slope.finetune.features import Feature, WordPieces
@@ -141,51 +143,73 @@ def read(path: Path) -> Iterator[Question]:
     Raises:
         ValueError: if it is no SQuAD v1.1, or an answer is not in its context, with the line.
     """
+    text = read_utf8(path)
     try:
-        text = path.read_text(encoding="utf-8")
         articles = json.loads(text)["data"]
     except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' line {error.lineno}: no JSON ({error.msg}).") from error
-    except (UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"'{path}' is no SQuAD v1.1 file: a UTF-8 JSON object with a list 'data' is needed."
+            f"'{path}' line {error.lineno}: no JSON ({error.msg}); is the download complete?"
         ) from error
-    count = 0
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"'{path}' line 1: no SQuAD v1.1 file: a JSON object with a list 'data' is needed."
+        ) from error
+    known: set[str] = set()
     try:
         for article in articles:
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
-                    count += 1
                     try:
-                        yield _question(asked, paragraph["context"])
+                        question = _question(asked, paragraph.get("context"))
                     except ValueError as error:
-                        where = _line(text, asked["id"])
+                        raise ValueError(f"'{path}' {_where(text, asked)}: {error}") from error
+                    if question.id in known:
                         raise ValueError(
-                            f"'{path}' line {where}, question {asked['id']!r}: {error}"
-                        ) from error
-    except (KeyError, TypeError) as error:
+                            f"'{path}' {_where(text, asked, -1)}: the id is there twice; give each "
+                            "question an id of its own."
+                        )
+                    known.add(question.id)
+                    yield question
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"'{path}' is no SQuAD v1.1 file ({type(error).__name__}: {error} after {count} "
+            f"'{path}' is no SQuAD v1.1 file ({type(error).__name__}: {error} after {len(known)} "
             "questions); it needs data / paragraphs / context, qas / id, question, answers / "
             "text, answer_start."
         ) from error
-    if not count:
+    if not known:
         raise ValueError(f"'{path}' has no questions; is the download complete?")
 
 
-def _line(text: str, key: str) -> int:
-    """Line of a question's id, whether the file escapes non-ASCII characters or not."""
-    at = max(text.find(json.dumps(key, ensure_ascii=escaped)) for escaped in (True, False))
-    return text.count("\n", 0, max(at, 0)) + 1
+def _where(text: str, asked: Mapping[str, Any], occurrence: int = 0) -> str:
+    """Line of a question's id, or of its text, and what was searched."""
+    for key in ("id", "question"):
+        # A file may escape non-ASCII characters or not.
+        forms = {json.dumps(asked.get(key), ensure_ascii=escaped) for escaped in (True, False)}
+        pattern = rf'"{key}"\s*:\s*({"|".join(map(re.escape, sorted(forms)))})'
+        if found := [match.start() for match in re.finditer(pattern, text)]:
+            line = text.count("\n", 0, found[occurrence]) + 1
+            return f"line {line}, question {asked[key]!r}"
+    return f"question {dict(asked)}"
 
 
-def _question(asked: Mapping[str, Any], context: str) -> Question:
-    answers = asked["answers"]
+def _question(asked: Mapping[str, Any], context: Any) -> Question:
+    texts = {"id": asked.get("id"), "question": asked.get("question"), "context": context}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"its {key} is {json.dumps(value)}, and must be a text.")
+    answers = asked.get("answers")
+    if not isinstance(answers, list):
+        raise ValueError("it has no list of answers; the official train and dev files have one.")
     if not answers:
         raise ValueError("it has no answer, as SQuAD v2.0 allows; v1.1 is needed.")
     starts = []
     for answer in answers:
-        text, given = answer["text"], int(answer["answer_start"])
+        text, given = answer.get("text"), answer.get("answer_start")
+        if not isinstance(text, str) or not isinstance(given, int):
+            raise ValueError(
+                f"its answer is {json.dumps(answer)}, and must be a text with its answer_start, a "
+                "whole number."
+            )
         near = sorted(range(given - _SLACK, given + _SLACK + 1), key=lambda at: abs(at - given))
         found = [at for at in near if at >= 0 and context.startswith(text, at)]
         if not found or not text.strip():
@@ -195,8 +219,8 @@ def _question(asked: Mapping[str, Any], context: str) -> Question:
                 "stands; correct answer_start or the text."
             )
         starts.append(found[0])
-    texts = tuple(answer["text"] for answer in answers)
-    return Question(asked["id"], asked["question"].strip(), context, texts, starts[0])
+    chosen = tuple(answer["text"] for answer in answers)
+    return Question(asked["id"], asked["question"].strip(), context, chosen, starts[0])
 
 
 def _from_hub(row: Mapping[str, Any]) -> Question:
