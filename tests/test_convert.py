@@ -11,7 +11,7 @@ from torch import nn
 
 import oracle
 import slope
-from slope.convert import pruned_layers
+from slope.layers import pruned_layers
 
 
 class Block(nn.Module):

@@ -22,15 +22,20 @@ RANKS = {
     "functional": 4,
     "linear": 5,
     "methods": 6,
-    "convert": 7,
-    "diagnostics": 8,
-    "schedule": 9,
-    "integrations": 10,
-    "cli": 12,
+    "layers": 7,
+    "sparsity": 8,
+    "convert": 9,
+    "diagnostics": 10,
+    "schedule": 11,
+    "integrations": 12,
+    "cli": 14,
 }  # fmt: skip
-APPLICATION = 11
+APPLICATION = 13
 ALONE = {"adapters": {"torch"}, "config": {"torch", "slope.pattern"}}
-LIGHT = ("pattern", "masks", "compressed", "functional", "linear", "convert", "schedule")
+LIGHT = (
+    "pattern", "masks", "compressed", "functional", "linear", "layers", "sparsity", "convert",
+    "schedule",
+)  # fmt: skip
 
 
 def modules():

@@ -16,49 +16,45 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slope.adapters import Adapter
     from slope.config import SparsityConfig
-    from slope.convert import (
-        LayerReport,
-        SparsityReport,
+    from slope.convert import compress_weights, densify, sparsify
+    from slope.export import load_pretrained, save_pretrained
+    from slope.layers import (
         activate_adapters,
         adapter_parameters,
         adapters_active,
-        compress_weights,
         deactivate_adapters,
-        densify,
         refresh_column_masks,
         sparse_layers,
-        sparsify,
-        sparsity_report,
     )
-    from slope.export import load_pretrained, save_pretrained
     from slope.linear import SlopeLinear
     from slope.methods import PrunedLinear
     from slope.pattern import NMPattern
     from slope.schedule import SlopeSchedule
+    from slope.sparsity import LayerReport, SparsityReport, sparsity_report
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "adapters",
-    "LayerReport": "convert",
+    "LayerReport": "sparsity",
     "NMPattern": "pattern",
     "PrunedLinear": "methods",
     "SlopeLinear": "linear",
     "SlopeSchedule": "schedule",
     "SparsityConfig": "config",
-    "SparsityReport": "convert",
-    "activate_adapters": "convert",
-    "adapter_parameters": "convert",
-    "adapters_active": "convert",
+    "SparsityReport": "sparsity",
+    "activate_adapters": "layers",
+    "adapter_parameters": "layers",
+    "adapters_active": "layers",
     "compress_weights": "convert",
-    "deactivate_adapters": "convert",
+    "deactivate_adapters": "layers",
     "densify": "convert",
     "load_pretrained": "export",
-    "refresh_column_masks": "convert",
+    "refresh_column_masks": "layers",
     "save_pretrained": "export",
-    "sparse_layers": "convert",
+    "sparse_layers": "layers",
     "sparsify": "convert",
-    "sparsity_report": "convert",
+    "sparsity_report": "sparsity",
 }
 _MODULES = (
     "compressed",

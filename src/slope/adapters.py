@@ -7,6 +7,9 @@ that step. Shape letters: T tokens, I = d_in, O = d_out, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +51,7 @@ class Adapter(nn.Module):
     Attributes:
         down: parameter (R, I), random.
         up: parameter (O, R), zero.
-        active: False while dormant.
+        active: False while dormant. Loading a state dict with a trained ``up`` sets it.
 
     Raises:
         ValueError: if the rank does not fit the layer, or the initialisation is unknown.
@@ -89,6 +92,13 @@ class Adapter(nn.Module):
         """The term added to the layer's output: (..., I) -> (..., O)."""
         low = nn.functional.linear(x, self.down)
         return nn.functional.linear(low, self.up) * self.scale
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        """Wake for loaded weights that were trained; ``up`` of a dormant adapter is zero."""
+        super()._load_from_state_dict(state, prefix, *others)
+        # Only the schedule wakes what is sharded: a process may hold a part without any row.
+        if type(self.up.data) is Tensor and not self.up.is_meta and bool(self.up.any()):
+            self.active = True
 
     def delta(self) -> Tensor:
         """The dense (O, I) matrix that the adapter adds to the weight."""

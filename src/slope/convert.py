@@ -1,4 +1,4 @@
-"""Turn any model sparse in place, and back; say what was done and why.
+"""Turn any model sparse in place, and back.
 
 ``sparsify`` replaces ``nn.Linear`` and transformers' ``Conv1D`` by :class:`slope.SlopeLinear`, and
 by :class:`slope.PrunedLinear` for the methods that SLoPe is compared with. Dense by default:
@@ -11,127 +11,27 @@ from __future__ import annotations
 import difflib
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slope.adapters import Adapter, resolve_rank
+from slope.adapters import resolve_rank
 from slope.config import SparsityConfig
+from slope.layers import adapted_layers, is_linear, pruned_layers
 from slope.linear import AdaptedLinear, SlopeLinear, check_divides, dense_weight
 from slope.masks import random_row_keep_mask, row_keep_mask, transposable_keep_mask
 from slope.methods import Method, PrunedLinear, make_method
 from slope.pattern import NMPattern
+from slope.sparsity import SparsityReport, report_with
 
 _QKV_NAMES = {
     "c_attn", "q_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "query", "key", "value",
     "query_key_value", "qkv", "wqkv", "in_proj", "wq", "wk", "wv",
 }  # fmt: skip
 _HEAD_NAMES = {"lm_head", "embed_out", "output_head", "head"}
-_SLOPE = "slope"
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one linear layer.
-
-    Attributes:
-        name: module path.
-        in_features: d_in.
-        out_features: d_out.
-        pattern: its N:M pattern, or None if it stayed dense or its mask is unstructured.
-        reason: why it stayed dense, or None.
-        numel_dense: weights before.
-        numel_stored: weights stored now, adapters not counted. The methods that SLoPe is compared
-            with store all.
-        bytes_dense: bytes of the dense weight in its dtype.
-        bytes_stored: bytes of values, metadata and column mask, or of weight and masks.
-        rank: of its adapter, 0 without.
-        method: what prunes it, or None if it stayed dense.
-        sparsity: percent of zeros of an unstructured mask, else None.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    pattern: NMPattern | None
-    reason: str | None
-    numel_dense: int
-    numel_stored: int
-    bytes_dense: int
-    bytes_stored: int
-    rank: int = 0
-    method: str | None = None
-    sparsity: float | None = None
-
-    @property
-    def kind(self) -> str:
-        """``"2:4"``, ``"50%"`` for an unstructured mask, or ``"dense"``."""
-        if self.sparsity is not None:
-            return f"{self.sparsity:g}%"
-        return str(self.pattern or "dense")
-
-    @property
-    def note(self) -> str:
-        """Why it stayed dense; else its method, if it is not SLoPe, and its adapter."""
-        if self.reason:
-            return self.reason
-        notes = [] if self.method in (None, _SLOPE) else [str(self.method)]
-        if self.rank:
-            notes.append(f"adapter rank {self.rank}")
-        return ", ".join(notes)
-
-
-@dataclass(frozen=True)
-class SparsityReport:
-    """What :func:`sparsify` did, layer by layer; ``str`` gives the summary and a table.
-
-    Attributes:
-        layers: one report per linear layer, in the model's order.
-        parameters_dense: parameters of the dense model, adapters not counted.
-        parameters_stored: parameters now, adapters included.
-    """
-
-    layers: tuple[LayerReport, ...]
-    parameters_dense: int
-    parameters_stored: int
-
-    @property
-    def sparse(self) -> list[LayerReport]:
-        """The sparse layers, of whatever method."""
-        return [layer for layer in self.layers if layer.method is not None]
-
-    @property
-    def weight_bytes_sparse_layers(self) -> int:
-        """Bytes of weights and masks of the sparse layers, in the form they are stored in."""
-        return sum(layer.bytes_stored for layer in self.sparse)
-
-    @property
-    def weight_bytes_dense_equivalent(self) -> int:
-        """Bytes of the same layers' weights, were they dense."""
-        return sum(layer.bytes_dense for layer in self.sparse)
-
-    def summary(self) -> str:
-        """One line: how many layers, which patterns, how many parameters."""
-        kinds = sorted({layer.kind for layer in self.sparse}) or ["none"]
-        kinds += sorted({str(layer.method) for layer in self.sparse} - {_SLOPE})
-        return (
-            f"sparsified {len(self.sparse)} of {len(self.layers)} linear layers "
-            f"({', '.join(kinds)}), "
-            f"{_count(self.parameters_dense)} -> {_count(self.parameters_stored)} parameters"
-        )
-
-    def __str__(self) -> str:
-        width = max((len(layer.name) for layer in self.layers), default=5)
-        lines = [self.summary(), f"  {'layer':<{width}}  {'d_out x d_in':>14}  pattern  note"]
-        for layer in self.layers:
-            shape = f"{layer.out_features} x {layer.in_features}"
-            row = f"  {layer.name:<{width}}  {shape:>14}  {layer.kind:<7}  {layer.note}"
-            lines.append(row.rstrip())
-        return "\n".join(lines)
 
 
 def sparsify(
@@ -153,20 +53,22 @@ def sparsify(
     Raises:
         ValueError: if no layer matched, a skip pattern or rule matches nothing, a size is not
             divisible by m, an adapter's rank does not fit, calibration batches are missing or not
-            wanted, or the model is sparse already. Nothing has been changed then.
+            wanted, or the model is sparse already, or wrapped for training. Nothing has been
+            changed then.
     """
     config = config or SparsityConfig()
     if any(True for _ in adapted_layers(model)):
         raise ValueError(
             "the model is sparse already; call slope.densify(model) first to sparsify it anew."
         )
-    if _is_linear(model):
+    _check_unwrapped(model)
+    if is_linear(model):
         raise ValueError(
             "a bare linear layer cannot be replaced in place; write "
             "layer = slope.SlopeLinear.from_linear(layer)."
         )
     _check_calibration(model, config, calibration)
-    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     _check_patterns_match(model, config)
     plan = {name: _decide(model, name, module, config) for name, module in linears.items()}
     chosen = {name: pattern for name, (pattern, _) in plan.items() if pattern is not None}
@@ -200,7 +102,7 @@ def sparsify(
     for name, pattern in chosen.items():
         new = _sparse_from(name, linears[name], pattern, config, method, masks[name])
         _replace(model, name, new)
-    return _report(model, {name: reason for name, (_, reason) in plan.items()})
+    return report_with(model, {name: reason for name, (_, reason) in plan.items()})
 
 
 def densify(model: nn.Module, fold_adapters: bool = False) -> nn.Module:
@@ -265,88 +167,10 @@ def compress_weights(model: nn.Module, fold_adapters: bool = False) -> nn.Module
     return model
 
 
-def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SlopeLinear]]:
-    """(name, layer) of every :class:`SlopeLinear`, in the model's order."""
-    for name, module in model.named_modules():
-        if isinstance(module, SlopeLinear):
-            yield name, module
-
-
-def pruned_layers(model: nn.Module) -> Iterator[tuple[str, PrunedLinear]]:
-    """(name, layer) of every :class:`slope.PrunedLinear`, in the model's order."""
-    for name, module in model.named_modules():
-        if isinstance(module, PrunedLinear):
-            yield name, module
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """(name, layer) of every sparse layer, compressed or not, in the model's order."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
-            yield name, module
-
-
-def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """(name, layer) of every sparse layer that has an adapter, in the model's order."""
-    for name, layer in adapted_layers(model):
-        if layer.adapter is not None:
-            yield name, layer
-
-
-def sparsity_report(model: nn.Module) -> SparsityReport:
-    """Report on a model as it is, sparse or dense."""
-    return _report(model, {})
-
-
-def adapters(model: nn.Module) -> Iterator[Adapter]:
-    """Every adapter of the model."""
-    for _, layer in adapter_layers(model):
-        assert layer.adapter is not None
-        yield layer.adapter
-
-
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of all adapters: give them a group of their own, without weight decay."""
-    return [parameter for adapter in adapters(model) for parameter in adapter.parameters()]
-
-
-def activate_adapters(model: nn.Module) -> None:
-    """Wake every adapter; the output does not change at this step, since ``up`` is zero."""
-    for adapter in adapters(model):
-        adapter.active = True
-
-
-def deactivate_adapters(model: nn.Module) -> None:
-    """Put every adapter to sleep."""
-    for adapter in adapters(model):
-        adapter.active = False
-
-
-def adapters_active(model: nn.Module) -> bool:
-    """True if the model has adapters and they are active."""
-    states = [adapter.active for adapter in adapters(model)]
-    return bool(states) and all(states)
-
-
-def refresh_column_masks(model: nn.Module) -> None:
-    """Choose W^{R,C} anew in every layer; at a step boundary only."""
-    for _, layer in sparse_layers(model):
-        layer.refresh_column_mask()
-
-
 def layer_generator(seed: int, name: str, purpose: str) -> torch.Generator:
     """Random stream of one layer: equal for the same seed, whatever else the model draws."""
     # A CPU generator reads 32 bits of its seed.
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{purpose}:{name}".encode()))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # Exact types: a subclass may read its weight in ways of its own.
-    return type(module) is nn.Linear or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -354,8 +178,24 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
+def _check_unwrapped(model: nn.Module) -> None:
+    """Turn down what others have made of a dense model and would not follow."""
+    wrappers = nn.parallel.DistributedDataParallel, nn.DataParallel
+    if isinstance(model, wrappers) or getattr(model, "_is_accelerate_prepared", False):
+        raise ValueError(
+            "the model is prepared for training already, and its optimizer would go on with the "
+            "dense weights; call slope.sparsify(model) before the optimizer is made, and before "
+            "DistributedDataParallel(model) or accelerator.prepare()."
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "the model has adapters of peft, which would be pruned with it; call "
+            "slope.sparsify(model) before get_peft_model(), or on model.merge_and_unload()."
+        )
+
+
 def _check_patterns_match(model: nn.Module, config: SparsityConfig) -> None:
-    names = [name for name, module in model.named_modules() if name and _is_linear(module)]
+    names = [name for name, module in model.named_modules() if name and is_linear(module)]
     for kind, pattern in [("skip", p) for p in config.skip] + [
         ("rule", r[0]) for r in config.rules
     ]:
@@ -560,59 +400,3 @@ def _dense_from(layer: AdaptedLinear) -> nn.Module:
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
-
-
-def _report(model: nn.Module, reasons: dict[str, str | None]) -> SparsityReport:
-    layers = []
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
-            layers.append(_report_sparse(name, module))
-        elif _is_linear(module):
-            weight = dense_weight(module)
-            size = weight.numel() * weight.element_size()
-            layers.append(
-                LayerReport(
-                    name=name,
-                    in_features=weight.shape[1],
-                    out_features=weight.shape[0],
-                    pattern=None,
-                    reason=reasons.get(name),
-                    numel_dense=weight.numel(),
-                    numel_stored=weight.numel(),
-                    bytes_dense=size,
-                    bytes_stored=size,
-                )
-            )
-    total = sum(parameter.numel() for parameter in model.parameters())
-    adapter_total = sum(parameter.numel() for parameter in adapter_parameters(model))
-    saved = sum(layer.numel_dense - layer.numel_stored for layer in layers)
-    return SparsityReport(tuple(layers), total - adapter_total + saved, total)
-
-
-def _report_sparse(name: str, layer: AdaptedLinear) -> LayerReport:
-    stored = layer.stored()
-    numel = layer.in_features * layer.out_features
-    masks = sum(b.numel() * b.element_size() for b in layer.buffers(recurse=False))
-    method = layer.method if isinstance(layer, PrunedLinear) else None
-    sparsity = method.sparsity if method is not None else None
-    return LayerReport(
-        name=name,
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        pattern=layer.pattern if sparsity is None else None,
-        reason=None,
-        numel_dense=numel,
-        numel_stored=stored.numel(),
-        bytes_dense=numel * stored.element_size(),
-        bytes_stored=stored.numel() * stored.element_size() + masks,
-        rank=layer.adapter.rank if layer.adapter is not None else 0,
-        method=method.note if method is not None else _SLOPE,
-        sparsity=sparsity,
-    )
-
-
-def _count(number: int) -> str:
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return str(number)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slope.adapters import Adapter
 from slope.compressed import check_metadata, pack_bits, unpack_bits
-from slope.convert import adapted_layers
+from slope.layers import adapted_layers
 from slope.linear import AdaptedLinear, SlopeLinear
 from slope.masks import column_keep_mask, imposed_sparsity
 from slope.methods import PrunedLinear

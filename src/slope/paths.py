@@ -11,9 +11,9 @@ import torch
 
 from slope.backends import ops
 from slope.backends.support import why_no_kernels
-from slope.convert import LayerReport
 from slope.linear import SlopeLinear
 from slope.pattern import NMPattern
+from slope.sparsity import LayerReport
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,13 @@ import math
 import torch
 from torch import nn
 
-from slope.convert import activate_adapters, deactivate_adapters, pruned_layers, sparse_layers
+from slope.layers import (
+    activate_adapters,
+    adapters,
+    deactivate_adapters,
+    pruned_layers,
+    sparse_layers,
+)
 from slope.methods.evolving import Evolution, GradientCollector, swap
 
 
@@ -80,17 +86,31 @@ class SlopeSchedule:
         return _first_step(self.dense_start, self.max_steps)
 
     def apply(self, model: nn.Module, step: int) -> None:
-        """Put the model into the state that optimizer step ``step`` (from 0) is done in."""
+        """Put the model into the state that optimizer step ``step`` (from 0) is done in.
+
+        Raises:
+            ValueError: if adapters that are active and trained would go to sleep.
+        """
         if self.lora_start is not None:
             if step >= self.start_step:
                 activate_adapters(model)
             else:
-                deactivate_adapters(model)
+                self._put_to_sleep(model, step)
         self.refresh_masks(model, step)
         if self.evolution is not None and self.evolution.share(step, self.max_steps):
             if self._collector is not None:
                 self._collector.close()  # an optimizer step that was given up
             self._collector = GradientCollector([layer for _, layer in sparse_layers(model)])
+
+    def _put_to_sleep(self, model: nn.Module, step: int) -> None:
+        if any(adapter.active and bool(adapter.up.any()) for adapter in adapters(model)):
+            raise ValueError(
+                f"step {step} of {self.max_steps} is before the adapters start (step "
+                f"{self.start_step}), but they are trained already, and the model would lose what "
+                "they add. Type lora_lazy=False to keep them active, or call "
+                "slope.deactivate_adapters(model) if they are to sleep."
+            )
+        deactivate_adapters(model)
 
     def refresh_masks(self, model: nn.Module, step: int) -> None:
         """The part of :meth:`apply` that is about masks; ``model`` may be a single layer."""

@@ -79,7 +79,7 @@ def test_cuts():
             for memory in (99 * 1024, 163 * 1024, 227 * 1024):
                 cut = launch_for(tokens, outputs, memory)
                 if cut is None:
-                    assert tokens > 16 and memory < 163 * 1024
+                    assert tokens > (16 if memory < 163 * 1024 else 32) and memory < 227 * 1024
                     continue
                 assert cut.shared <= memory
             assert 8 * cut.token_tiles >= tokens

@@ -21,21 +21,21 @@ from data_helpers import config, documents, write_jsonl
 from filelock import FileLock
 from tokenizers import Tokenizer
 
-from slope.data import DataConfig, cache, hashes, prepare
+from slope.data import DataConfig, cache, cache_format, hashes, prepare, tokenise
 from slope.data import tokenizer as tokenizers_of_slope
 
 BUILDER = """
 import sys, json, logging, time
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-from slope.data import cache, prepare
+from slope.data import prepare, tokenise
 settings, slow = json.loads(sys.argv[1]), float(sys.argv[2])
-write = cache._SplitFile.write
+write = tokenise._SplitFile.write
 def slowly(self, tokens):
     write(self, tokens)
     if slow and self.documents == 3:
         print("writing", flush=True)
         time.sleep(slow)
-cache._SplitFile.write = slowly
+tokenise._SplitFile.write = slowly
 data = prepare(settings, progress=False)
 print(data.fingerprint, len(data.train), flush=True)
 """
@@ -122,7 +122,7 @@ def test_hashes_are_remembered_for_files_at_rest(settings, corpus, monkeypatch):
     monkeypatch.setattr(hashes, "_REST_NS", 0)
     first = prepare(settings, progress=False)
     monkeypatch.setattr(hashes, "hash_file", None)
-    monkeypatch.setattr(cache, "hash_file", lambda path: cache.hashlib.sha256(
+    monkeypatch.setattr(cache_format, "hash_file", lambda path: cache_format.hashlib.sha256(
         path.read_bytes()).hexdigest())  # fmt: skip
     assert prepare(settings, progress=False).fingerprint == first.fingerprint
     (Path(settings["cache_dir"]) / "file-hashes.json").write_text("[")
@@ -254,14 +254,14 @@ def test_waiting_is_said(settings, caplog):
 
 def test_full_disk_names_folder_and_bytes_and_loses_nothing(settings, monkeypatch, tmp_path):
     first = prepare(settings, progress=False)
-    write = cache._SplitFile.write
+    write = tokenise._SplitFile.write
 
     def full(self, tokens):
         if self.documents == 20:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, tokens)
 
-    monkeypatch.setattr(cache._SplitFile, "write", full)
+    monkeypatch.setattr(tokenise._SplitFile, "write", full)
     other = {**settings, "tokenizer": "bpe:280"}
     with pytest.raises(OSError, match=r"no space left in '.*cache' after \d+ bytes") as caught:
         prepare(other, progress=False)
@@ -279,7 +279,7 @@ def test_too_little_space_is_found_before_the_work(settings, tmp_path, monkeypat
     plain.write_text("\n".join(documents()))
     settings = {**settings, "data_files": str(plain)}
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(cache, "_write_splits", None)
+    monkeypatch.setattr(cache, "write_splits", None)
     with pytest.raises(OSError, match=r"needs at least \d+ bytes and '.*cache' has 1000 free"):
         prepare(settings, progress=False)
 
@@ -391,7 +391,7 @@ def test_a_build_that_fails_leaves_no_thread_behind(settings, monkeypatch):
     def full(self, tokens):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache._SplitFile, "write", full)
+    monkeypatch.setattr(tokenise._SplitFile, "write", full)
     with pytest.raises((OSError, RuntimeError), match="space") as caught:
         prepare(settings, progress=False)
     # The error holds the frames of the build, and with them whatever they have not closed.

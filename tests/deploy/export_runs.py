@@ -9,6 +9,19 @@ import torch
 from slope import cli
 
 LAYER = "transformer.h.1.mlp.c_fc"
+IDS = torch.arange(12).view(2, 6)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def assert_equal_states(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        assert one[name].dtype == tensor.dtype and torch.equal(one[name], tensor), name
 
 
 def export(*arguments):

@@ -7,28 +7,21 @@ import json
 
 import pytest
 import torch
-from export_runs import LAYER, Bomb, error_of, export, published
+from export_runs import (
+    LAYER,
+    Bomb,
+    assert_equal_states,
+    error_of,
+    export,
+    logits,
+    published,
+)
 from safetensors.torch import load_file, save_file
 
 import slope
 from slope.deploy import open_source
 from slope.export import save_dense
 from slope.methods.wanda import wanda_scores
-
-IDS = torch.arange(12).view(2, 6)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def assert_equal_states(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    assert one.keys() == other.keys()
-    for name, tensor in other.items():
-        assert one[name].dtype == tensor.dtype and torch.equal(one[name], tensor), name
-
 
 # --- a run -------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_runs import IDS, assert_equal_states, logits
 from safetensors.torch import load_file, save_file
 
 import slope
@@ -20,7 +21,6 @@ from slope.export import dense as dense_module
 from slope.export import save as save_module
 from slope.export import save_dense, save_peft
 
-IDS = torch.arange(12).view(2, 6)
 FOREIGN = """
 import sys
 sys.modules["slope"] = None  # any import of it fails
@@ -45,18 +45,6 @@ for family in sys.argv[2:]:
             model = adapted.unload()
 save_file(logits, sys.argv[1] + "/logits.safetensors")
 """
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def assert_equal_states(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    assert one.keys() == other.keys()
-    for name, tensor in other.items():
-        assert one[name].dtype == tensor.dtype and torch.equal(one[name], tensor), name
 
 
 # --- for transformers and peft ----------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import nn
 
 import slope
 from slope import configs
-from slope.data import cache, prepare
+from slope.data import cache_format, prepare
 from slope.training import checkpoint
 
 PIECES = [
@@ -172,18 +172,18 @@ class Readers:
                 meta.pop("checksum")
                 meta = twist(draw, meta, [value for value in EVIL if not isinstance(value, bytes)])
                 if isinstance(meta, dict):
-                    meta["checksum"] = hashlib.sha256(cache._canonical(meta)).hexdigest()
+                    meta["checksum"] = hashlib.sha256(cache_format.canonical(meta)).hexdigest()
                 path.write_text(json.dumps(meta))
             elif draw.random() < 0.1:
                 path.unlink()
             else:
                 path.write_bytes(mangle(draw, path.read_bytes()))
             try:
-                found = cache.open_cache(folder, self.key, verify=draw.random() < 0.5)
-                for split in cache.SPLITS:
+                found = cache_format.open_cache(folder, self.key, verify=draw.random() < 0.5)
+                for split in cache_format.SPLITS:
                     found.dataset(split, 8)[0]
                 found.tokenizer()
-            except (cache.UnusableCacheError, FileNotFoundError) as error:
+            except (cache_format.UnusableCacheError, FileNotFoundError) as error:
                 assert str(error), "no reason given"
                 return "refused"
             return "taken"

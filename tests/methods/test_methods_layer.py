@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import slope
-from slope.convert import adapter_layers, pruned_layers
+from slope.layers import adapter_layers, pruned_layers
 from slope.methods import Method, make_method
 
 OPTIONS = {

@@ -208,6 +208,16 @@ def test_a_longer_run(runs, finished):
         runs.run("name=whole", "resume=True", "trainer.max_steps=10")
 
 
+def test_a_longer_run_does_not_put_trained_adapters_to_sleep(runs, finished):
+    shutil.copytree(finished.root, runs.root, dirs_exist_ok=True)
+    longer = "name=whole", "resume=True", "trainer.max_steps=20"
+    message = r"are trained since step 9, but .* until step 14.*type pruner\.lora_lazy=False"
+    with pytest.raises(ValueError, match=message):
+        runs.run(*longer)
+    assert runs.run(*longer, "pruner.lora_lazy=False")["steps"] == 20
+    assert all(row["adapters_active"] == "1" for row in runs.rows("whole")[9:])
+
+
 def test_adapters_join_a_run_that_was_started_without(runs, finished, caplog):
     runs.fork("name=late", "pruner.add_lora=False", before=kill_in_micro_batch(20))
     assert not any("adapter" in name for name in runs.last("late")["state_dict"])

@@ -95,8 +95,8 @@ def run(arguments: list[str]) -> int:
 
 def _write(source: Any, options: Namespace) -> dict[str, Any]:
     import slope
-    from slope.convert import adapted_layers, pruned_layers
     from slope.export import save_dense, save_peft
+    from slope.layers import adapted_layers, pruned_layers
 
     model, output, force = source.model, options.output, options.force
     if options.format == "slope" and not any(True for _ in adapted_layers(model)):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-    from slope.convert import LayerReport, SparsityReport
     from slope.diagnostics import LayerDiagnostics
+    from slope.sparsity import LayerReport, SparsityReport
 
 ABOUT = "show what is sparse in a checkpoint or model, and check its masks"
 _EPILOG = f"""\
@@ -173,11 +173,7 @@ def _of_run(path: Path) -> _Inspected:
         )
     path, content = found or (path, checkpoint.load(path))
     saved, section = content["slope"]["signature"], initial.pruner_section(content)
-    prefix = "model.config."
-    settings = {
-        "family": saved["model.family"],
-        "config": {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)},
-    }
+    settings = initial.model_section(content)
     with torch.device("meta"):
         model = build_model(settings, int(saved["vocabulary"]), int(saved["datamodule.max_length"]))
         report = pruner.apply(section, model, choose_masks=False) or sparsity_report(model)

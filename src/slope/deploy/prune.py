@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from slope.config import SparsityConfig
-from slope.convert import SparsityReport, adapted_layers, sparsify, sparsity_report
+from slope.convert import sparsify
+from slope.layers import adapted_layers
 from slope.linear import dense_weight
 from slope.pattern import NMPattern
+from slope.sparsity import SparsityReport, sparsity_report
 
 WAYS = ("magnitude", "wanda", "zeros")
 CALIBRATION_SEQUENCES, CALIBRATION_LENGTH, _BATCH = 128, 2048, 8

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from slope.adapters import Adapter
-from slope.convert import sparse_layers
 from slope.deploy.prune import prune_by_zeros
 from slope.export.load import parameters_on_meta, reason
+from slope.layers import sparse_layers
 from slope.training import checkpoint as checkpoints
 
 _PREFIX = "model."

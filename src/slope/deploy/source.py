@@ -144,15 +144,11 @@ def _of_run(path: Path) -> tuple[Any, int, Any]:
     weights = initial.read(path)
     content = weights.content
     assert content is not None
-    prefix = "model.config."
     try:
         saved = content["slope"]["signature"]
         # Checkpoints of earlier versions have none.
         plain = content["slope"].get("tokenizer")
-        section = {
-            "family": saved["model.family"],
-            "config": {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)},
-        }
+        section = initial.model_section(content)
         entries, length = int(saved["vocabulary"]), int(saved["datamodule.max_length"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -186,7 +182,15 @@ def _from_transformers(path: Path) -> Any:
             f"'{path}' holds quantised weights (quantization_config in its {CONFIG_FILE}), which "
             "are not read; give the folder of the model in bf16, fp16 or fp32."
         )
-    Weights(path, "cpu")  # names the file that is damaged; transformers does not
+    names = Weights(path, "cpu").names  # it names the file that is damaged; transformers does not
+    compressed = next((name for name in names if name.endswith(".metadata")), None)
+    if compressed is not None:
+        raise ValueError(
+            f"'{path}' is a trainer's checkpoint of a sparse model: it holds {compressed}. Build "
+            "the model, call slope.sparsify() as in its run, then "
+            "safetensors.torch.load_model(model, <its model.safetensors>) and "
+            "slope.save_pretrained(model, <folder>), and give that folder."
+        )
     kind: Any = transformers.AutoModelForCausalLM
     if config.architectures:
         kind = model_class(config.architectures[0])

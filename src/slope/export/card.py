@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from slope.convert import adapted_layers, sparsity_report
+from slope.layers import adapted_layers
+from slope.sparsity import sparsity_report
 
 CARD_FILE = "README.md"
 MARK = "<!-- slope export -->"  # says that the folder may be replaced by another export

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from slope.convert import adapted_layers, adapter_layers, deactivate_adapters, densify
+from slope.convert import densify
 from slope.export.card import write_card
 from slope.export.folder import new_folder
 from slope.export.save import SHARD_BYTES, unwrap, write_tokenizer
+from slope.layers import adapted_layers, adapter_layers, deactivate_adapters
 from slope.linear import AdaptedLinear
 
 ADAPTER_FOLDER = "adapter"

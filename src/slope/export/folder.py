@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from slope.disk import sync_path
 from slope.export.card import CARD_FILE, MARK
 from slope.export.layout import SLOPE_FILE
 
@@ -42,7 +43,7 @@ def new_folder(directory: str | Path, force: bool) -> Iterator[Path]:
         for path in draft.rglob("*"):
             if path.is_file():
                 path.chmod(readable)  # safetensors writes files that only their owner can read
-            _sync(path)
+            sync_path(path)
         _move_into_place(draft, directory)
     except OSError as error:
         raise OSError(
@@ -120,15 +121,7 @@ def _move_into_place(draft: Path, directory: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)  # the next export tries again
     else:
         os.replace(draft, directory)
-    _sync(directory.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(directory.parent)
 
 
 def _beside(directory: Path, purpose: str) -> Path:

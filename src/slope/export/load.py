@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slope.convert import dense_weight
 from slope.export.layout import (
     CONFIG_FILE,
     FORMAT,
@@ -29,7 +28,7 @@ from slope.export.layout import (
     layer_from,
 )
 from slope.export.save import sha256
-from slope.linear import SlopeLinear
+from slope.linear import SlopeLinear, dense_weight
 from slope.methods import PrunedLinear
 
 _KINDS = {"bitmask": "uint8", "column_mask": "uint8", "shape": "int64"}  # all else is float
@@ -106,7 +105,9 @@ def read_description(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"'{directory}' holds no {SLOPE_FILE}, so slope.save_pretrained did not write it; a "
-            "dense model loads with its own from_pretrained(), then slope.sparsify(model)."
+            "dense model loads with its own from_pretrained(), then slope.sparsify(model); a "
+            "trainer's checkpoint of a sparse model with safetensors.torch.load_model(), into a "
+            "model sparsified as in its run."
         )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))

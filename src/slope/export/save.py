@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slope.convert import pruned_layers, sparse_layers
 from slope.export.card import write_card
 from slope.export.folder import new_folder
 from slope.export.layout import (
@@ -24,6 +23,7 @@ from slope.export.layout import (
     encode,
     join,
 )
+from slope.layers import pruned_layers, sparse_layers
 from slope.linear import SlopeLinear
 
 SHARD_BYTES = 5 * 10**9
@@ -38,8 +38,8 @@ def save_pretrained(
     full disk never leaves half an export under its name.
 
     Args:
-        model: a model with :class:`slope.SlopeLinear` layers; DDP and `torch.compile` wrappers are
-            looked through.
+        model: a model with :class:`slope.SlopeLinear` layers; the wrappers of DDP, DataParallel,
+            averaging (``AveragedModel``) and `torch.compile` are looked through.
         directory: the folder to make.
         tokenizer: saved beside it if given (of `transformers` or `tokenizers`).
         force: replace an earlier export of that name; any other content is never touched.
@@ -61,9 +61,10 @@ def save_pretrained(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP and `torch.compile`."""
+    """The model inside DDP, DataParallel, AveragedModel and `torch.compile`."""
     inner: Any = model
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    parallel = nn.parallel.DistributedDataParallel, nn.DataParallel
+    if isinstance(model, (*parallel, torch.optim.swa_utils.AveragedModel)):
         inner = model.module
     elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
         inner = model._orig_mod

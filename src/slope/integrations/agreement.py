@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slope.convert import adapted_layers
+from slope.layers import adapted_layers
 
 
 def mask_hashes(model: nn.Module) -> dict[str, int]:

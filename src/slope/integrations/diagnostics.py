@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from slope.convert import adapted_layers
 from slope.diagnostics import MaskSnapshot, layer_diagnostics, total
+from slope.layers import adapted_layers
 
 
 class MaskLog:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 from slope.integrations.agreement import check_masks
+from slope.integrations.checks import check_run
 from slope.integrations.diagnostics import MaskLog
 from slope.methods.evolving import Evolution
 from slope.schedule import SlopeSchedule
@@ -20,12 +22,17 @@ class SlopeCallback(pl.Callback):
 
     Args:
         max_steps: optimizer steps of the run; None asks the trainer.
-        lora_start: share of the steps before the adapters start; None for models without adapters.
+        lora_start: share of the steps before the adapters start; None for models without adapters
+            or without sparse layers.
         lora_lazy: as for :class:`slope.SlopeSchedule`.
         dense_start: as there.
         evolution: as there.
         diagnostics: give ``mask/...`` to the trainer's loggers every ``log_every_n_steps``
             optimizer steps.
+
+    Raises:
+        ValueError: for a share outside (0, 1]. When the training begins: if its length is unknown,
+            the model has no sparse layers, or got them after an optimizer was made.
     """
 
     def __init__(
@@ -43,15 +50,21 @@ class SlopeCallback(pl.Callback):
         self._ask_trainer = max_steps is None
         self._diagnostics = diagnostics
         self._masks: MaskLog | None = None
+        self._measured = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out how long the run is."""
+        check_run(pl_module, trainer.optimizers, dense=self._settings[0] is None)
         self._masks = MaskLog(pl_module) if self._diagnostics else None
+        self._measured = trainer.global_step
         if self._ask_trainer:
             steps = trainer.estimated_stepping_batches
-            if steps == float("inf"):
+            # Lightning counts on with the accumulation of the first epoch.
+            changes = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)
+            if changes or steps == float("inf"):
+                why = " (GradientAccumulationScheduler changes it)" if changes else ""
                 raise ValueError(
-                    "the length of this run is unknown; write SlopeCallback(max_steps=...)."
+                    f"the length of this run is unknown{why}; write SlopeCallback(max_steps=...)."
                 )
             self.schedule = SlopeSchedule(int(steps), *self._settings)
 
@@ -78,7 +91,9 @@ class SlopeCallback(pl.Callback):
     ) -> None:
         """Measure the masks after an optimizer step that is due."""
         step, every = trainer.global_step, trainer.log_every_n_steps
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self._masks is not None:
+        # An epoch may end in the middle of an accumulation, and then with a step.
+        if self._masks is not None and step != self._measured:
+            self._measured = step
             row = self._masks.row(pl_module) if every and step % every == 0 else {}
             for logger in trainer.loggers if row else ():
                 logger.log_metrics(row, step)

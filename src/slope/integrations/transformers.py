@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from slope.convert import pruned_layers
+from slope.integrations.checks import check_run
 from slope.integrations.diagnostics import MaskLog
+from slope.layers import pruned_layers
 from slope.methods.evolving import Evolution
 from slope.schedule import SlopeSchedule
 
@@ -27,7 +28,8 @@ class SlopeTrainerCallback(TrainerCallback):
     with its fixed mask does nothing there.
 
     Args:
-        lora_start: share of the steps before the adapters start; None for models without adapters.
+        lora_start: share of the steps before the adapters start; None for models without adapters
+            or without sparse layers.
         lora_lazy: as for :class:`slope.SlopeSchedule`.
         dense_start: as there.
         evolution: as there.
@@ -36,8 +38,9 @@ class SlopeTrainerCallback(TrainerCallback):
             ``trainer.callback_handler.callbacks.insert(0, callback)``.
 
     Raises:
-        ValueError: for a share outside (0, 1]; when the training begins, if a method with a decay
-            would add it to gradients that are still scaled (``fp16`` with ``max_grad_norm=0``).
+        ValueError: for a share outside (0, 1]. When the training begins: if a method with a decay
+            would add it to gradients that are still scaled (``fp16`` with ``max_grad_norm=0``), or
+            the model has no sparse layers, or got them after the optimizer was made.
     """
 
     def __init__(
@@ -60,10 +63,12 @@ class SlopeTrainerCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module,
+        optimizer: Any = None,
         **others: Any,
     ) -> None:
         """The length of the run is known now."""
         self.schedule = SlopeSchedule(state.max_steps, *self._settings)
+        check_run(model, [] if optimizer is None else [optimizer], self._settings[0] is None)
         if args.fp16 and not args.max_grad_norm and any(True for _ in pruned_layers(model)):
             raise ValueError(
                 "fp16=True with max_grad_norm=0 leaves the gradients scaled, and a decay cannot be "

@@ -109,7 +109,8 @@ def swap(
         optimizer: of the layer's values; state tensors of their shape are reordered.
 
     Returns:
-        The number of groups that swapped.
+        The number of groups that swapped: none where a gradient is not finite, since the loss
+        scaler skips that step.
 
     Raises:
         ValueError: if the values are sharded, since a group must be seen whole.
@@ -119,6 +120,8 @@ def swap(
             "evolving masks need whole layers, but these values are "
             f"{type(layer.values.data).__name__}; use trainer.strategy=ddp, or no evolution."
         )
+    if not bool(gradient.isfinite().all()):
+        return 0
     pattern, shape = layer.pattern, (layer.out_features, layer.in_features)
     keep_mask = layer.keep_mask().view(-1, pattern.m)
     weight = layer.to_dense().abs().view(-1, pattern.m)

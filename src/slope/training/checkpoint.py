@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning_fabric.plugins import CheckpointIO
 
+from slope.disk import sync_file, sync_path
+
 log = logging.getLogger(__name__)
 
 MAGIC = b"SLOPEckp"
@@ -115,8 +117,7 @@ class HashingWriter:
         if self.error is not None:
             raise self.error
         self.file.write(footer)
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        sync_file(self.file)
 
 
 def is_sharded(setting: Any, sharded_model: bool) -> bool:
@@ -163,8 +164,7 @@ def copy(path: Path, other: Path) -> None:
     def write(temporary: Path) -> None:
         with open(path, "rb") as source, open(temporary, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
 
     _replace(other, write)
 
@@ -175,7 +175,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_path(path.parent)
 
 
 @contextmanager
@@ -208,14 +208,6 @@ def _refusal(path: Path, error: OSError, written: int) -> str:
         f"({free / 1e6:.1f} MB free there); nothing written before was lost: {advice}, or set "
         "paths.checkpoint_dir=<another disk>, and run the same command with resume=True."
     )
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -496,7 +488,7 @@ def _save_in_parts(content: dict[str, Any], path: Path, after: After, group: Any
         if first:
             with _refusals(path, directory):
                 for place in (folder, directory):
-                    _sync_directory(place)
+                    sync_path(place)
             save(index, path, after.copies, IN_PARTS)
             _clean_up(directory, after)
 

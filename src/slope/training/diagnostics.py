@@ -14,8 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from slope.convert import adapted_layers
 from slope.diagnostics import MaskSnapshot, layer_diagnostics, total
+from slope.layers import adapted_layers
 from slope.linear import AdaptedLinear
 from slope.schedule import SlopeSchedule
 from slope.training.metrics import DIAGNOSTICS_COLUMNS, MetricsFile, Value

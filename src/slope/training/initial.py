@@ -195,11 +195,20 @@ def _make_alike(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
 
 def pruner_section(content: Mapping[str, Any]) -> dict[str, Any]:
     """The ``pruner`` section of the checkpoint's run."""
-    saved, prefix = content["slope"]["signature"], "pruner."
-    section = dict(pruner.defaults())
-    section |= {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+    section = dict(pruner.defaults()) | _saved_section(content, "pruner.")
     # Who computed its products does not matter here.
     return section | {"backend": "auto", "accelerate": False}
+
+
+def model_section(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``model`` section of the checkpoint's run, as far as it describes the model."""
+    family = content["slope"]["signature"]["model.family"]
+    return {"family": family, "config": _saved_section(content, "model.config.")}
+
+
+def _saved_section(content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    saved = content["slope"]["signature"]
+    return {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
 
 
 def _add_positions(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from slope.diagnostics import COLUMNS as MASK_COLUMNS
+from slope.disk import sync_file
 
 COLUMNS = (
     "step",
@@ -62,8 +63,7 @@ class MetricsFile:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(self.columns)
                 writer.writerows(rows)
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
             os.replace(temporary, path)
             self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
 
@@ -81,7 +81,7 @@ class MetricsFile:
     def sync(self) -> None:
         """Make the rows safe from a power cut; called before a checkpoint is written."""
         with clearly(self.path):
-            os.fsync(self._file.fileno())
+            sync_file(self._file)
 
     def __enter__(self) -> MetricsFile:
         return self

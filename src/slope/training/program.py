@@ -144,7 +144,7 @@ def _run(
     if masked:
         known["datamodule.masking"] = _plain(cfg.datamodule.masking)
     if found is not None:
-        _fit_to(found, known, module, model, accumulate, max_steps)
+        _fit_to(found, known, module, model, accumulate, schedule)
 
     sharded = strategies.is_sharded(cfg, hardware.world_size)
     step = 0 if found is None else int(found.content["global_step"])
@@ -358,16 +358,25 @@ def _fit_to(
     module: LanguageModule,
     model: nn.Module,
     accumulate: int,
-    max_steps: int,
+    schedule: SlopeSchedule,
 ) -> None:
     """Check a checkpoint against this run, and fit it to what may differ."""
     content, step = found.content, int(found.content["global_step"])
+    max_steps = schedule.max_steps
     for difference in signature.check(content["slope"]["signature"], known, found.path, whole=True):
         log.warning("the checkpoint was made with other settings: %s.", difference)
     if step > max_steps:
         raise ValueError(
             f"checkpoint {found.path} is at step {step}, beyond trainer.max_steps={max_steps}; "
             f"type trainer.max_steps={step} or more, or resume_iter=<an earlier step>."
+        )
+    began = content["slope"]["state"]["adapters_started_at_step"]
+    if began is not None and began < step < schedule.start_step and schedule.lora_start is not None:
+        raise ValueError(
+            f"the adapters of checkpoint {found.path} are trained since step {began}, but with "
+            f"trainer.max_steps={max_steps} they would sleep until step {schedule.start_step}, and "
+            "the model would lose what they add; type pruner.lora_lazy=False to keep them active, "
+            f"or resume_iter=<a step up to {began}>."
         )
     if signature.adapt(content, module, model):
         log.info("the checkpoint has no adapters; they join at their start, untrained.")

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slope.config import SparsityConfig
-    from slope.convert import SparsityReport
     from slope.models import ModelStructure
     from slope.schedule import SlopeSchedule
+    from slope.sparsity import SparsityReport
 
 # spelling -> method
 PRUNED_MATRIX = {
@@ -117,7 +117,8 @@ def apply(
     settings = sparsity_config(cfg, model)
     if settings is None:
         return None
-    from slope.convert import pruned_layers, sparsify
+    from slope.convert import sparsify
+    from slope.layers import pruned_layers
 
     if not choose_masks and settings.mask in ("wanda", "transposable"):
         settings = replace(settings, mask="magnitude")
@@ -205,7 +206,7 @@ def put_to_work(model: nn.Module, schedule: SlopeSchedule, steps: int) -> None:
         schedule: of its run.
         steps: optimizer steps done.
     """
-    from slope.convert import activate_adapters, deactivate_adapters, pruned_layers
+    from slope.layers import activate_adapters, deactivate_adapters, pruned_layers
 
     awake = schedule.lora_start is not None and steps > schedule.start_step
     (activate_adapters if awake else deactivate_adapters)(model)

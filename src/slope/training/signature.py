@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from slope.convert import adapted_layers
+from slope.layers import adapted_layers
 from slope.linear import AdaptedLinear
 from slope.methods import PrunedLinear
 from slope.training.optim import extend_optimizer_state, parameter_groups
