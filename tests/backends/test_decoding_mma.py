@@ -66,7 +66,7 @@ def test_what_cannot_be_compiled_says_where(compiler):
 
 
 def test_the_struct_is_that_of_the_source():
-    assert ctypes.sizeof(decoding_mma._Arguments) == 8 * 8 + 8 + 4 * 4
+    assert ctypes.sizeof(decoding_mma._Arguments) == 8 * 8 + 8 + 4 * 6
     source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
     body = source[source.index("struct Arguments {") :].partition("};")[0]
     names = re.findall(r"(\w+)[,;]", re.sub("//.*", "", body))
@@ -147,7 +147,9 @@ def test_what_is_launched(monkeypatch, rank):
     y = decode_mma(x, values, metadata, bias, down, up, 0.5)
     assert y.shape == (3, 64) and y.dtype == BF16
     ((cut, grid, threads, argument, stream),) = seen
-    assert (grid, threads, stream) == ((4 + (rank > 0), 1), cut.threads, 7)
+    tiles = -(-64 // cut.rows) + (rank > 0)  # of 256 columns, down is not split
+    assert (grid, threads, stream) == ((tiles, 1), cut.threads, 7)
+    assert (argument.splits, argument.low_splits) == (1, int(rank > 0))
     assert (argument.tokens, argument.outputs, argument.inputs, argument.rank) == (3, 64, 256, rank)
     assert argument.x_stride == 512 and argument.x % 16 == argument.values % 16 == 0
     assert argument.metadata == metadata.data_ptr() and argument.bias == bias.data_ptr()

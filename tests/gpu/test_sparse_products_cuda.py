@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import slope
 from slope.backends import decoding_mma, why_not_sparse_kernels
+from slope.backends.cusparselt.plans import products
 
 NO_KERNELS = why_not_sparse_kernels("2:4", "cuda")
 
@@ -261,6 +262,25 @@ def test_a_captured_graph_follows_the_weights():
     eager = step()
     assert torch.equal(captured[0], eager)
     assert torch.equal(captured[1], x.grad)
+
+
+def test_a_captured_graph_keeps_its_own_scratch_memory():
+    layer = a_layer((4096, 4096), values_dtype=torch.bfloat16, backend="cusparselt")
+    layer.requires_grad_(False)
+    x = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y = layer(x)
+    with torch.cuda.stream(stream):  # another product needs more, and the old block is gone
+        products()._workspace(x.device.index, stream.cuda_stream, 1 << 28)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
 
 
 def test_two_streams_share_nothing():

@@ -34,9 +34,9 @@ struct Arguments {
     const char* down;      // (rank, inputs), or null
     u16* y;                // (tokens, outputs), or null where partial sums are wanted
     float* partial;        // (splits, tokens, outputs)
-    float* low;            // (splits, tokens, rank)
+    float* low;            // (low_splits, tokens, rank)
     long long x_stride;
-    int tokens, outputs, inputs, rank;
+    int tokens, outputs, inputs, rank, splits, low_splits;
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -193,12 +193,12 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
 // sums = rows of A times X over this split; then the warps along the inputs are added in order.
 template <bool SPARSE>
 __device__ __forceinline__ void product(const Arguments& arg, char* memory, const char* a, int row,
-                                        int rows) {
+                                        int rows, int split, int splits) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wk = warp / WM;
     const int width = SPARSE ? STEP : STEP / 2;  // columns of a step
     const int steps = (arg.inputs + width - 1) / width;
-    const int share = (steps + gridDim.y - 1) / gridDim.y;
-    const int begin = blockIdx.y * share;
+    const int share = (steps + splits - 1) / splits;
+    const int begin = split * share;
     const int end = min(begin + share, steps);
     const u32 base = shared_address(memory);
     constexpr int X_STEP = SPARSE ? 2 * STEP : STEP;
@@ -249,20 +249,27 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
 #pragma unroll
         for (int k = 0; k < WK; ++k) sum += shared[(k * TOKENS + t) * SUM_STRIDE + r];
         const long long at = static_cast<long long>(t) * rows + row + r;
-        const long long split = static_cast<long long>(blockIdx.y) * arg.tokens * rows;
+        const long long first = static_cast<long long>(split) * arg.tokens * rows;
         if (!SPARSE) {
-            arg.low[split + at] = sum;
+            arg.low[first + at] = sum;
         } else if (arg.y) {
             arg.y[at] = from_float(arg.bias ? sum + to_float(arg.bias[row + r]) : sum);
         } else {
-            arg.partial[split + at] = sum;
+            arg.partial[first + at] = sum;
         }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) slope_decode(const Arguments arg) {
     extern __shared__ __align__(256) char memory[];
-    const int tiles = (arg.outputs + ROWS - 1) / ROWS, tile = blockIdx.x;
-    if (tile < tiles) product<true>(arg, memory, arg.values, tile * ROWS, arg.outputs);
-    else product<false>(arg, memory, arg.down, (tile - tiles) * ROWS, arg.rank);
+    const int tiles = (arg.outputs + ROWS - 1) / ROWS;
+    const int low_tiles = (arg.rank + ROWS - 1) / ROWS, low_blocks = low_tiles * arg.low_splits;
+    const int block = blockIdx.x;
+    // A row of down is longer than one of W^R compressed, so these blocks come first, in more parts.
+    if (block < low_blocks)
+        product<false>(arg, memory, arg.down, block % low_tiles * ROWS, arg.rank, block / low_tiles,
+                       arg.low_splits);
+    else
+        product<true>(arg, memory, arg.values, (block - low_blocks) % tiles * ROWS, arg.outputs,
+                      (block - low_blocks) / tiles, arg.splits);
 }

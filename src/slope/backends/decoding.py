@@ -159,7 +159,7 @@ def finish(
 
     Args:
         partial: (splits, T, O) fp32.
-        low_partial: (splits, T, R) fp32, or None with ``up``.
+        low_partial: (low_splits, T, R) fp32, or None with ``up``.
         up: (O, R), dtype of ``y``.
         bias: (O,), dtype of ``y``, or None.
         y: (T, O), written.
@@ -170,10 +170,11 @@ def finish(
     splits, tokens, out_features = partial.shape
     rank = 0 if up is None else up.shape[1]
     block_t = 16 if tokens <= 16 else 32
-    block_r = 16 if rank <= 16 else 32 if rank <= 32 else 64
+    low_splits = 0 if low_partial is None else low_partial.shape[0]
+    block_r = next((size for size in (16, 32, 64) if rank <= size), 128)
     device.finish(
         (-(-out_features // _FINISH_OUTPUTS), -(-tokens // block_t), 1),
         (partial, low_partial, up, bias, y),
-        (tokens, out_features, rank, splits, scale),
+        (tokens, out_features, rank, splits, low_splits, scale),
         (bias is not None, rank > 0, block_t, _FINISH_OUTPUTS, block_r),
     )

@@ -3,7 +3,7 @@
 A word is 32 bits of metadata: 8 groups, 16 kept values, 32 columns. O = outputs of a tile, T =
 tokens, I = inputs of a step. Along the first axis of the grid stand the tiles of W^R, then those of
 the adapter's down; along the second the splits of I. ``partial`` and ``low_partial`` are (splits,
-T, O) and (splits, T, R) in fp32.
+T, O) and (low_splits, T, R) in fp32; here both are split alike.
 """
 
 from __future__ import annotations
@@ -324,6 +324,7 @@ def _finish_kernel(
     out_features,
     rank,
     splits,
+    low_splits,
     scale,
     HAS_BIAS: tl.constexpr,
     HAS_ADAPTER: tl.constexpr,
@@ -344,7 +345,7 @@ def _finish_kernel(
         for start in range(0, rank, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
             low_TR = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-            for split in range(splits):
+            for split in range(low_splits):
                 at = low_partial + (split * tokens + t)[:, None] * rank + r[None, :]
                 low_TR += tl.load(at, mask=inside_t & (r < rank)[None, :], other=0.0)
             up_RO = tl.load(

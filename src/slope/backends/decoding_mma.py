@@ -18,6 +18,7 @@ from slope.backends.decoding import finish, too_many_tokens
 
 _SOURCE = "decode.cu"
 _FIRST_CUDA = (12, 5)  # whose PTX has mma.sp::ordered_metadata
+_LOW_SPLITS = 2  # at most, of X downᵀ along I
 _MULTIPLE = 64  # of I: a copy moves 8 bytes of metadata
 
 
@@ -63,6 +64,10 @@ class MmaLaunch(NamedTuple):
         steps = -(-in_features // (256 * self.column_warps))
         return max(1, min(self.blocks // tiles, steps // 2))
 
+    def low_splits(self, in_features: int) -> int:
+        """Blocks that share the columns of one tile of down."""
+        return max(1, min(_LOW_SPLITS, in_features // (64 * self.column_warps) // 2))
+
 
 # For up to 8, 16, 32 and 64 tokens, each for the outputs up to these bounds: the fastest of 6 cuts
 # with 1, 2, 4 and 8 splits on an H200, by 14 shapes from 768 x 768 to 50304 x 4096.
@@ -83,7 +88,9 @@ class _Arguments(ctypes.Structure):
             "values", "metadata", "x", "bias", "down", "y", "partial", "low",
         )),
         ("x_stride", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("tokens", "outputs", "inputs", "rank")),
+        *((name, ctypes.c_int) for name in (
+            "tokens", "outputs", "inputs", "rank", "splits", "low_splits",
+        )),
     )  # fmt: skip
 
 
@@ -206,21 +213,24 @@ def decode_mma(
     rank = 0 if up is None else up.shape[1]
     final = splits == 1 and rank == 0
     partial = low_partial = None
+    low_splits = 0
     if not final:
         partial = x.new_empty((splits, tokens, out_features), dtype=torch.float32)
     if rank:
-        low_partial = x.new_empty((splits, tokens, rank), dtype=torch.float32)
+        low_splits = cut.low_splits(in_features)
+        low_partial = x.new_empty((low_splits, tokens, rank), dtype=torch.float32)
     x = x if x.stride(0) % 8 == 0 else x.contiguous()
     x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
     down = None if down is None else _aligned(down)
     written = y if final else None, partial, low_partial
     argument = _Arguments(
         *map(_pointer, (values, metadata, x, bias, down, *written)),
-        x.stride(0) * x.itemsize, tokens, out_features, in_features, rank,
+        x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits,
+        low_splits,
     )  # fmt: skip
-    tiles = -(-out_features // cut.rows) + -(-rank // cut.rows)
+    blocks = -(-out_features // cut.rows) * splits + -(-rank // cut.rows) * low_splits
     stream = torch._C._cuda_getCurrentRawStream(device)
-    _kernel(cut, x.dtype, device)((tiles, splits), cut.threads, argument, stream)
+    _kernel(cut, x.dtype, device)((blocks, 1), cut.threads, argument, stream)
     if partial is not None:
         finish(partial, low_partial, up, bias, y, scale)
     return y

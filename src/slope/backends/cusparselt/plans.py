@@ -195,17 +195,18 @@ class Products:
     def _workspace(self, device: int, stream: int, size: int) -> int:
         """Address of scratch memory; one block per stream, since a stream runs one product at once.
 
-        A block made while a CUDA graph is captured belongs to that graph and is not kept.
+        What is captured in a CUDA graph gets memory of that graph: a block of ours may be replaced
+        by a larger one, and its memory be another tensor's, when the graph is replayed.
         """
         if not size:
             return 0
+        where = torch.device("cuda", device) if device >= 0 else torch.device("cpu")
+        if device >= 0 and torch.cuda.is_current_stream_capturing():
+            return torch.empty(size, dtype=torch.uint8, device=where).data_ptr()
         blocks = self._thread.workspaces
         block = blocks.get((device, stream))
         if block is None or block.numel() < size:
-            where = torch.device("cuda", device) if device >= 0 else torch.device("cpu")
-            block = torch.empty(size, dtype=torch.uint8, device=where)
-            if device < 0 or not torch.cuda.is_current_stream_capturing():
-                blocks[(device, stream)] = block
+            block = blocks[(device, stream)] = torch.empty(size, dtype=torch.uint8, device=where)
         return block.data_ptr()
 
 
