@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib.util
 import json
@@ -10,7 +11,10 @@ import math
 import pytest
 import torch
 
+import slope
 from slope.cli import main
+from slope.data.tokenizer import EOS, LoadedTokenizer, train_bpe
+from slope.evaluation.table import Measurement, to_csv, to_markdown
 
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(
@@ -60,10 +64,41 @@ def test_perplexity_of_several_checkpoints(here, capsys, model, tokenizer):
     assert bits == pytest.approx(loss["value"] * len(ids) / size / math.log(2))
     # Both tokenise alike, so that it is said once.
     assert notes == [
-        f"text.txt: {len(ids):,} tokens in 1 documents joined by the end-of-text token; windows of "
+        f"text.txt: {len(ids):,} tokens in 1 document; windows of "
         f"32, 8 apart; {len(ids) - 1:,} tokens predicted, each once, after the first window from "
         "at least 24 tokens of context."
     ]
+
+
+def test_files_of_one_name_and_checkpoints_that_tokenise_differently(here, capsys, model):
+    backend = train_bpe([(here / "text.txt").read_text()[::-1]], 270)
+    slope.save_pretrained(model, "other", LoadedTokenizer(backend, EOS).to_transformers(32))
+    for folder in ("a", "b"):
+        (here / folder).mkdir()
+        (here / folder / "val.txt").write_text(f"the {folder} king " * 30)
+    data = ["--data", "a/val.txt", "--data", "b/val.txt"]
+    found, notes = results(capsys, "sparse", "other", *data)
+    assert {name for _, name, _ in found} == {"a/val.txt", "b/val.txt"}
+    assert [note.partition(":")[0] for note in notes[:2]] == [
+        "a/val.txt, sparse", "a/val.txt, other",
+    ]  # fmt: skip
+    assert notes[2] == (
+        "a/val.txt was counted in different ways: compare bits_per_byte of the same text, not loss "
+        "or perplexity."
+    )
+    assert main(["eval", "sparse", *data, "--data", "a/../a/val.txt"]) == 1
+    assert "'a/val.txt' is given 2 times; give it once" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_no_number_gives_null(here, capsys, model, tokenizer):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.transformer.ln_f.weight[0] = math.nan
+    slope.save_pretrained(broken, "broken", tokenizer)
+    found, _ = results(capsys, "broken", "--data", "text.txt")
+    assert [(r["value"], r["stderr"]) for r in found.values()] == [(None, None)] * 3
+    assert main(["eval", "broken", "--data", "text.txt"]) == 0
+    assert "| text.txt | loss | nan |" in capsys.readouterr().out
 
 
 def test_folded_and_cast(here, capsys):
@@ -90,6 +125,20 @@ def test_tables_are_written_and_kept(here, capsys):
     assert main([*command, "--output", "table.md"]) == 1
     assert "'table.md' exists; give another name, or type --force" in capsys.readouterr().err
     assert main([*command, "--output", "table.md", "--force"]) == 0
+
+
+def test_a_table_of_what_not_every_model_has():
+    measured = [
+        Measurement("a|b", "x.txt", "loss", 1.5, None, 10),
+        Measurement("other", "task", "acc", 0.5, 0.25, None),
+    ]
+    assert to_markdown(measured, ["counted so"]) == (
+        "| data | metric | a\\|b | other |\n| --- | --- | ---: | ---: |\n"
+        "| x.txt | loss | 1.5000 | – |\n| task | acc | – | 0.5000 ± 0.2500 |\n\ncounted so\n"
+    )
+    assert to_csv(measured) == (
+        "model,data,metric,value,stderr,count\na|b,x.txt,loss,1.5,,10\nother,task,acc,0.5,0.25,\n"
+    )
 
 
 @pytest.mark.parametrize(
