@@ -75,7 +75,7 @@ def test_a_path_that_fails_is_left_out_with_its_reason(tmp_path):
 def gpu(tmp_path, monkeypatch):
     """``ops`` as on a GPU of fixed speeds, with nothing chosen yet."""
     state = {"capturing": False, "library": None}
-    times = {"cusparselt": 10.0, "triton": 5.0, "dense": 20.0}
+    times = {"cusparselt": 10.0, "mma": 6.0, "triton": 5.0, "dense": 20.0}
     tuner, chosen = tuner_of(tmp_path, times), {}
     monkeypatch.setattr(ops, "tuner", lambda: tuner)
     monkeypatch.setattr(ops, "_chosen", lambda: chosen)
@@ -122,6 +122,15 @@ def test_a_path_asked_for_that_cannot_is_an_error(gpu):
     assert run(product())[0] == "dense"
     with pytest.raises(RuntimeError, match="999 stores another layout; use backend='auto'"):
         run(product(only="cusparselt"))
+
+
+def test_of_the_two_decode_kernels_only_the_faster_one_is_measured(gpu, monkeypatch):
+    monkeypatch.setattr(ops, "why_no_mma", lambda *product: None)
+    paths = {name: lambda algorithm, name=name: name for name in ("mma", "triton", "dense")}
+    assert ops._run(product(tokens=16), paths, lambda: None) == "mma"
+    reason = ops._chosen()[product(tokens=16)].reason()
+    assert reason.endswith("; triton: mma does the same by a faster kernel")
+    assert ops._run(product(tokens=16, only="triton"), paths, lambda: None) == "triton"
 
 
 def test_the_decode_kernel_asked_for_does_few_tokens_forward_or_says_why_not(gpu):
