@@ -189,7 +189,10 @@ def test_no_command_prints_help_and_is_wrong(capsys: pytest.CaptureFixture[str])
     assert "usage: slope" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["config"], ["train", "--cfg"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["config"], ["train", "--cfg"], ["config", "--json"], ["train", "--cfg", "--json"]],
+)
 def test_printed_configuration_is_the_resolved_one(
     arguments: list[str], runs: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +210,44 @@ def test_the_configuration_and_the_choices_as_json(capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out) == cfg
     assert cli.main(["config", "--list", "--json"]) == 0
     assert "adamw" in json.loads(capsys.readouterr().out)["optimizer"]
+
+
+def test_a_run_as_json_leaves_standard_output_to_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(cfg: Any) -> dict[str, Any]:
+        print("a table")
+        return {"val_loss": 800.0, "val_perplexity": float("inf")}
+
+    monkeypatch.setattr(slope.training, "run", run, raising=False)
+    assert cli.main(["train", "experiment=smoke", "name=x", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {
+        "run": "./logs/x",
+        "checkpoints": "./checkpoints/x",
+        "summary": {"val_loss": 800.0, "val_perplexity": None},
+    }
+    assert captured.err == "slope: train experiment=smoke name=x\na table\n"
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", "experiment=smoke", "name=x", "--json"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interrupted_run_as_json(runs: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "experiment=smoke", "name=interrupted", "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["summary"] == {"interrupted": True}
+
+
+def test_every_command_has_json_but_the_one_that_prints_a_script(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lacking = set()
+    for command in cli.COMMANDS:
+        # `bench` has its options behind the name of a measurement
+        assert cli.main([command, *(["layer"] if command == "bench" else []), "--help"]) == 0
+        if " --json" not in capsys.readouterr().out.partition("examples:")[0]:
+            lacking.add(command)
+    assert lacking == {"completion"}
 
 
 def test_plot_finds_a_run_by_name_or_folder(

@@ -202,6 +202,17 @@ def test_a_budget_leaves_what_was_measured(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_figure")
+@pytest.mark.parametrize("name", TINY)
+def test_json_for_a_program(name, tmp_path, capsys):
+    assert bench(name, tmp_path / "results", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["measurement"], found["folder"]) == (name, str(tmp_path / "results"))
+    assert found["environment"]["libraries"]["torch"] == torch.__version__
+    written = rows_of(tmp_path / "results")
+    assert [row["contender"] for row in found["rows"]] == [row["contender"] for row in written]
+    assert all(row.get("failed") or len(row) > 2 for row in found["rows"])
+
+
 def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch):
     measure = layer.LayerBench.measure
 
@@ -249,5 +260,8 @@ def test_help_lists_the_measurements(capsys):
     assert main(["bench"]) == 2
     output = capsys.readouterr().out
     assert all(f"  {name} " in output for name in TINY)
-    assert main(["bench", "train", "--help"]) == 0
-    assert "--column-mask-interval" in capsys.readouterr().out
+    for name in TINY:
+        assert main(["bench", name, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert f"\n  slope bench {name} " in shown.partition("examples:")[2]
+        assert ("--column-mask-interval" in shown) == (name == "train")

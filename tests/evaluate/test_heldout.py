@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slope.data import prepare
-from slope.evaluation.heldout import read_held_out, score, windows
+from slope.evaluation.heldout import (
+    HeldOut,
+    counting,
+    labels,
+    measurements,
+    read_held_out,
+    score,
+    windows,
+)
 
 
 @given(st.integers(2, 80), st.integers(2, 20), st.data())
@@ -67,6 +75,120 @@ def test_score_equals_the_loss_of_transformers(model):
     found = score(model, ids)
     assert found.loss == pytest.approx(expected, rel=1e-6)
     assert (found.window, found.stride, found.stderr) == (32, 32, None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "stride"),
+    [
+        (5, 8, 8),  # shorter than a window
+        (8, 8, 8), (8, 8, 3),  # exactly one
+        (9, 8, 8), (9, 8, 7), (9, 8, 1),  # one token more: alone, it is not predicted
+        (21, 8, 8), (21, 8, 5), (21, 8, 1), (2, 2, 1), (11, 2, 2),
+    ],
+)  # fmt: skip
+def test_score_equals_a_loop_over_the_tokens(model, tokens, window, stride):
+    """Token t is predicted in the first window that holds it, from what this holds before it."""
+    ids = torch.randint(0, 288, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    losses = {}
+    for token in range(1, tokens):
+        start = max(0, math.ceil((token + 1 - window) / stride)) * stride
+        if start < token:
+            with torch.no_grad():
+                logits = model(input_ids=ids[None, start:token]).logits[0, -1]
+            losses.setdefault(start, []).append(-logits.log_softmax(-1)[ids[token]].item())
+    count = sum(map(len, losses.values()))
+    loss = sum(map(sum, losses.values())) / count
+    spread = sum((sum(own) - loss * len(own)) ** 2 for own in losses.values())
+    for batch_size in (1, 4):
+        found = score(model, ids, window, stride, batch_size)
+        assert (found.predicted, found.window, found.stride) == (count, window, stride)
+        assert found.loss == pytest.approx(loss, rel=1e-5)
+        if len(losses) == 1:
+            assert found.stderr is None
+        else:
+            variance = len(losses) / (len(losses) - 1) * spread / count**2
+            assert found.stderr == pytest.approx(math.sqrt(variance), rel=1e-3)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_processes_share_out_the_batches_and_do_equally_many_forwards(monkeypatch, world_size):
+    ids = torch.zeros(23, dtype=torch.long)
+    whole = score(Counting(), ids, window=6, stride=2, batch_size=2)  # five batches
+    parts, forwards = [], []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: parts.append(sums.clone()))
+    for rank in range(world_size):
+        model = Counting()
+        model.register_forward_hook(lambda *_, rank=rank: forwards.append(rank))
+        score(model, ids, 6, 2, 2, rank=rank, world_size=world_size)
+    assert len({forwards.count(rank) for rank in range(world_size)}) == 1
+    assert (torch.stack(parts) != 0).sum(0).tolist() == [1] * 10  # each window, by one process
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.copy_(sum(parts)))
+    assert score(Counting(), ids, 6, 2, 2, rank=1, world_size=world_size) == whole
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_said_and_has_no_error(value):
+    class Broken(Counting):
+        def forward(self, input_ids):
+            found = super().forward(input_ids)
+            found.logits[0, 0, 1] = value
+            return found
+
+    found = score(Broken(), torch.zeros(13, dtype=torch.long), window=6, stride=3)
+    assert math.isnan(found.loss) and found.stderr is None and found.predicted == 12
+    measured = measurements("model", "text", HeldOut(torch.zeros(13), 1, 20), found)
+    assert [one.metric for one in measured] == ["perplexity", "loss", "bits_per_byte"]
+    assert all(math.isnan(one.value) and one.stderr is None for one in measured)
+
+
+def test_a_perplexity_too_large_for_a_number_is_infinite():
+    class Certain(Counting):
+        def forward(self, input_ids):
+            logits = torch.tensor([0.0, 1000.0]).expand(*input_ids.shape, 2)
+            return SimpleNamespace(logits=logits)
+
+    found = score(Certain(), torch.zeros(5, dtype=torch.long), window=2)
+    measured = measurements("model", "ids", HeldOut(torch.zeros(5)), found)
+    assert [(one.metric, one.value, one.stderr) for one in measured] == [
+        ("perplexity", math.inf, None),
+        ("loss", 1000.0, 0.0),
+    ]
+
+
+def test_score_restores_the_mode_where_a_forward_fails():
+    class Failing(Counting):
+        def forward(self, input_ids):
+            raise RuntimeError("out of memory")
+
+    model = Failing().train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        score(model, torch.zeros(5, dtype=torch.long))
+    assert model.training
+
+
+def test_labels_tell_files_of_one_name_apart(tmp_path):
+    one, other, third = (tmp_path / name for name in ("a/val.txt", "b/val.txt", "b/book.txt"))
+    assert labels([one, other, third]) == [str(one), str(other), "book.txt"]
+    assert labels([one, third]) == ["val.txt", "book.txt"]
+    with pytest.raises(ValueError, match="val.txt' is given 2 times; give it once"):
+        labels([one, tmp_path / "b" / ".." / "a" / "val.txt"])
+
+
+@pytest.mark.parametrize(
+    ("held_out", "expected"),
+    [
+        (HeldOut(torch.zeros(13)), "13 tokens; windows of 6"),
+        (HeldOut(torch.zeros(13), 1, 9), "13 tokens in 1 document; windows"),
+        (HeldOut(torch.zeros(13), 2, 9), "in 2 documents joined by the end-of-text token; windows"),
+        (HeldOut(torch.zeros(13), 2, 9, False), "in 2 documents with nothing between them, as the"),
+    ],
+)
+def test_how_tokens_were_counted_in_words(held_out, expected):
+    found = score(Counting(), torch.zeros(13, dtype=torch.long), window=6)
+    text = counting(held_out, found)
+    assert expected in text
+    assert text.endswith("6 apart; 10 tokens predicted, each once, after the first window from at "
+                         "least 1 tokens of context.")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -133,8 +255,45 @@ def test_token_files(tmp_path, tokenizer):
          "max_length": 4, "val_ratio": 0.3, "cache_dir": str(tmp_path / "cache")},
         progress=False,
     )  # fmt: skip
-    found = read_held_out(data.cache_dir / "val.bin", None)
-    assert found.ids.tolist() == data.val.tokens.tolist()
+    for own in (None, data.tokenizer):
+        found = read_held_out(data.cache_dir / "val.bin", own)
+        assert found.ids.tolist() == data.val.tokens.tolist()
+        assert (found.documents, found.text_bytes) == (None, None)
+    with pytest.raises(ValueError, match=r"val.bin' was made with tokenizer 'bpe:260' of .*text"):
+        read_held_out(data.cache_dir / "val.bin", tokenizer)
+
+
+def test_token_files_of_another_tokenizer(tmp_path, tokenizer):
+    last = max(tokenizer.get_vocab().values())
+    np.save(tmp_path / "ids.npy", np.array([0, last]))
+    assert read_held_out(tmp_path / "ids.npy", tokenizer).ids.tolist() == [0, last]
+    np.save(tmp_path / "ids.npy", np.array([0, last + 1], dtype=np.uint32))
+    with pytest.raises(ValueError, match=rf"token {last + 1}, but the tokenizer's last .* {last};"):
+        read_held_out(tmp_path / "ids.npy", tokenizer)
+    np.savez(tmp_path / "archive.npz", np.arange(3))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    with pytest.raises(ValueError, match="is an archive of arrays; write one array with np.save"):
+        read_held_out(tmp_path / "archive.npy", None)
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"objects.npy' cannot be read .*; write it with np.save"):
+        read_held_out(tmp_path / "objects.npy", None)
+
+
+def test_a_tokenizer_without_an_end_joins_documents_with_nothing(tmp_path, tokenizer):
+    class Endless:
+        eos_token_id = None
+
+        def get_vocab(self):
+            return {}
+
+        def __call__(self, text, verbose):
+            return tokenizer(text, verbose=verbose)
+
+    (tmp_path / "lines.jsonl").write_text('{"text": "the king"}\n{"text": "a war"}\n')
+    found = read_held_out(tmp_path / "lines.jsonl", Endless())
+    joined = tokenizer("the king")["input_ids"] + tokenizer("a war")["input_ids"]
+    assert found.ids.tolist() == joined
+    assert not found.separated
 
 
 def test_bad_text_files(tmp_path, tokenizer):
@@ -150,4 +309,7 @@ def test_bad_text_files(tmp_path, tokenizer):
     refused("a.csv", b"a,b", ValueError, "unknown extension '.csv'")
     refused("zero.txt", b"a\0b", ValueError, "is binary, not text .* take it out of --data")
     refused("a.jsonl", b'{"body": "a"}\n', ValueError, "no field 'text'.*Type --text-field body")
+    refused("none.jsonl", b'{"text": " "}\n{"text": ""}\n', ValueError, "none.jsonl' holds no te")
+    refused("b.jsonl", b'{"text": "a"}\n{"body": "b"}\n', ValueError, "no field 'text'")
+    refused("half.jsonl", b'{"text": "\\ud800"}', ValueError, "half of a surrogate pair")
     refused("a.txt", b"words", ValueError, "without a tokenizer; type --tokenizer", tokenizer=None)

@@ -25,7 +25,7 @@ class Runs:
     """Runs under one root; each method call is one process's life, in or out of this process."""
 
     def __init__(self, root: Path, corpus: Path) -> None:
-        self.root = root
+        self.root, self.corpus = root, corpus
         self.base = [
             "experiment=smoke", "datamodule=text", f"datamodule.data_files={corpus}/*.txt",
             f"datamodule.cache_dir={corpus}/cache", "datamodule.val_ratio=0.2",

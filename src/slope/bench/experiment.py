@@ -179,11 +179,11 @@ class Experiment(ABC):
         return f"{self.note}\n\n" + pivot(rows, self.index, self.across, self.cell)
 
 
-def run(experiment: Experiment) -> tuple[Path, bool]:
+def run(experiment: Experiment) -> tuple[Path, list[Row]]:
     """Measure all cases within the budget and write the results.
 
     Returns:
-        The folder, and whether anything could be measured.
+        The folder, and its rows; one that could not be measured says why under ``failed``.
 
     Raises:
         FileExistsError: if the folder holds results already.
@@ -214,7 +214,7 @@ def run(experiment: Experiment) -> tuple[Path, bool]:
                 done += 1
         finally:  # Ctrl-C, or the end of a lease, leaves what was measured
             _write(experiment, results, done, len(cases))
-    return folder, any(not row.get("failed") for row in results.rows)
+    return folder, results.rows
 
 
 def _measured(experiment: Experiment, case: Case, lab: Lab) -> Iterator[Row]:

@@ -82,3 +82,4 @@ def _print_help() -> None:
         print(f"  {command:<{width}}  {import_module(f'slope.cli.{command}').ABOUT}")
     print("\nexamples:\n  slope train experiment=demo name=first\n  slope report first")
     print("\n`slope <command> --help` says more, with examples; `slope --version`: the version.")
+    print("`--json` makes a command print what a program may read.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +34,12 @@ measures and how to read it.
 examples:
   slope bench layer --device cuda --shapes 4096x4096,14336x4096 --tokens 2048,16384 --output results
   slope bench train --models llama3-8b --layers 1,3 --budget 300
-  slope bench memory --device cpu
+  slope bench memory --device cpu --json
+"""
+_EXAMPLES = """\
+examples:
+  slope bench {name} --device cuda --output results/{name}
+  slope bench {name} --device cpu --quick --json
 """
 
 
@@ -52,12 +58,19 @@ def run(arguments: list[str]) -> int:
     # The end of a lease comes as SIGTERM, and leaves what was measured as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        folder, measured = measure(ready)
+        folder, rows = measure(ready)
     finally:
         signal.signal(signal.SIGTERM, before)
-    print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"written to {folder}")
-    return 0 if measured else common.fail(f"nothing could be measured; see {folder}/table.md", 1)
+    if ready.options.json:
+        environment = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+        found = {"measurement": ready.name, "folder": str(folder), "rows": rows}
+        print(common.as_json(found | {"environment": environment}))
+    else:
+        print((folder / "table.md").read_text(encoding="utf-8"))
+        print(f"written to {folder}")
+    if all(row.get("failed") for row in rows):
+        return common.fail(f"nothing could be measured; see {folder}/table.md", 1)
+    return 0
 
 
 def prepared(arguments: list[str]) -> Experiment:
@@ -78,7 +91,7 @@ def prepared(arguments: list[str]) -> Experiment:
     made: type[Experiment] = getattr(
         import_module(f"slope.bench.{name}"), f"{name.capitalize()}Bench"
     )
-    parser = common.parser(f"bench {name}", EXPERIMENTS[name])
+    parser = common.parser(f"bench {name}", EXPERIMENTS[name], _EXAMPLES.format(name=name))
     _add_common(parser)
     made.add_arguments(parser)
     options = parser.parse_intermixed_args(rest)
@@ -110,6 +123,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cold", action="store_true", help="empty the GPU's L2 cache before each call"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ def parser(command: str, about: str, epilog: str | None = None) -> argparse.Argu
 
 
 def print_config(
-    overrides: Sequence[str], show_traceback: bool = False, as_json: bool = False
+    overrides: Sequence[str], show_traceback: bool = False, wants_json: bool = False
 ) -> int:
     """Print the resolved configuration as YAML or JSON; the exit code."""
     try:
@@ -57,8 +57,8 @@ def print_config(
 
     from omegaconf import OmegaConf
 
-    if as_json:
-        print(json.dumps(OmegaConf.to_container(cfg, resolve=True), indent=2))
+    if wants_json:
+        print(as_json(OmegaConf.to_container(cfg, resolve=True)))
     else:
         print(OmegaConf.to_yaml(cfg, resolve=True), end="")
     return 0

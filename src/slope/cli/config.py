@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from slope import configs
 from slope.cli import common
 
@@ -28,7 +26,7 @@ def run(arguments: list[str]) -> int:
         return common.print_config(options.overrides, options.traceback, options.json)
     choices = {group: list(configs.choices(group)) for group in configs.groups()}
     if options.json:
-        print(json.dumps(choices, indent=2))
+        print(common.as_json(choices))
         return 0
     for group, names in choices.items():
         print(f"{group}:")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -73,7 +72,7 @@ def _ours(request: Request, as_json: bool) -> None:
 
     result = estimate(request)
     if as_json:
-        print(json.dumps(_as_json(result), indent=2))
+        print(common.as_json(_as_json(result)))
     else:
         _show(result)
 
@@ -197,7 +196,7 @@ def _paper(request: Request, as_json: bool) -> None:
     found = rows(request.title)
     if as_json:
         table = [asdict(row) | {"follows": row.follows} for row in found]
-        print(json.dumps({"title": request.title, "accounting": "paper", "rows": table}, indent=2))
+        print(common.as_json({"title": request.title, "accounting": "paper", "rows": table}))
         return
     print(f"{request.title}, memory, sparse / dense, of the shortened models of arXiv 2405.16325\n")
     print(f"{'':<24}{'blocks':>8}{'published':>11}{'counted':>9}{'follows':>9}{'ours':>8}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -82,7 +81,7 @@ def run(arguments: list[str]) -> int:
     with quiet_transformers():
         facts = _write(source, options)
     if options.json:
-        print(json.dumps(facts, indent=2))
+        print(common.as_json(facts))
         return 0
     print(facts["summary"])
     if source.tokenizer is None and options.format != "peft":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
@@ -90,7 +89,7 @@ def run(arguments: list[str]) -> int:
         facts: dict[str, Any] = {"source": str(source.path), "device": str(model.device)}
         facts |= {"dtype": str(model.dtype).removeprefix("torch."), "sampling": asdict(sampling)}
         totals = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        print(json.dumps(facts | {"results": results} | totals, indent=2, ensure_ascii=False))
+        print(common.as_json(facts | {"results": results} | totals))
     print(
         f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s on {model.device}",
         file=sys.stderr,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +94,7 @@ def run(arguments: list[str]) -> int:
             return common.usage_error(error, options.traceback)
     paths = _paths(found, options.tokens) if options.backend else None
     if options.json:
-        print(json.dumps(_as_json(found) | ({"backend": paths} if paths else {}), indent=2))
+        print(common.as_json(_as_json(found) | ({"backend": paths} if paths else {})))
     else:
         _show(found)
         _show_paths(paths or [], options.tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from slope.cli import common
@@ -57,7 +56,7 @@ def run(arguments: list[str]) -> int:
         output = options.output or Path("runs.png")
         files = plot_runs(folders, output, options.against, options.force)
     if options.json:
-        print(json.dumps({"runs": [*map(str, folders)], "files": [*map(str, files)]}, indent=2))
+        print(common.as_json({"runs": [*map(str, folders)], "files": [*map(str, files)]}))
     else:
         print("\n".join(str(file) for file in files if file.suffix == ".png"))
     return 0

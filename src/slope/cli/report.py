@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from slope.cli import common
@@ -38,7 +37,7 @@ def run(arguments: list[str]) -> int:
     path = write_report(folder, options.output, options.force)
     if options.json:
         found = {"run": str(folder), "report": str(path), "summary": summary_of(folder)}
-        print(json.dumps(found, indent=2))
+        print(common.as_json(found))
     else:
         print(path)
     return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+
 from slope import configs
 from slope.cli import common
 
@@ -12,6 +15,7 @@ examples:
   slope train experiment=demo
   slope train experiment=smoke name=first datamodule=text datamodule.data_files=corpus.txt
   slope train experiment=owt/gpt2s pruner=slope trainer.devices=8 name=my-run resume=True
+  slope train experiment=smoke --json > smoke.json
 """
 
 
@@ -22,13 +26,16 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--cfg", action="store_true", help="print the resolved configuration and do nothing"
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON; all else goes to standard error"
+    )
     options = parser.parse_intermixed_args(arguments)
     if not options.overrides:
         several = configs.comparisons()
         listed = ", ".join(name for name in configs.choices("experiment") if name not in several)
         return common.fail(f"nothing to train; add experiment=demo or another of {listed}.", 2)
     if options.cfg:
-        return common.print_config(options.overrides)
+        return common.print_config(options.overrides, options.traceback, options.json)
     from slope.training.pruner import check_pruner
 
     try:
@@ -41,11 +48,17 @@ def run(arguments: list[str]) -> int:
         check_pruner(cfg.pruner)
     except ValueError as error:
         return common.usage_error(error, options.traceback)
-    if common.is_first_process():
-        chosen = [o.partition("=")[2] for o in options.overrides if o.startswith("experiment=")]
-        experiment = chosen[-1] if chosen else "none"
-        print(f"slope: train experiment={experiment} name={cfg.name}", flush=True)
+    first = common.is_first_process()
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        if first:
+            chosen = [o.partition("=")[2] for o in options.overrides if o.startswith("experiment=")]
+            experiment = chosen[-1] if chosen else "none"
+            print(f"slope: train experiment={experiment} name={cfg.name}", flush=True)
 
-    from slope.training import run as train
+        from slope.training import run as train
 
-    return 130 if train(cfg).get("interrupted") else 0
+        summary = train(cfg)
+    if options.json and first:
+        folders = {"run": cfg.paths.log_dir, "checkpoints": cfg.paths.checkpoint_dir}
+        print(common.as_json({**folders, "summary": summary}))
+    return 130 if summary.get("interrupted") else 0

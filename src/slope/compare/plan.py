@@ -49,6 +49,7 @@ _UNREAD = (
     "datamodule.cache_dir",
     "datamodule.num_workers",
     "callbacks.checkpoint",
+    "callbacks.evaluation",
 )
 _LABEL = re.compile(r"\w[\w.+-]*")
 

@@ -43,6 +43,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "model.config.vocab_size": (int, type(None)),
     "train.scheduler.warmup_steps": (int, type(None)),
     "callbacks.diagnostics.every_n_steps": (int, type(None)),
+    "callbacks.evaluation.files": (str, list),
+    "callbacks.evaluation.every_n_steps": (int, type(None)),
+    "callbacks.evaluation.window": (int, type(None)),
+    "callbacks.evaluation.stride": (int, type(None)),
+    "callbacks.evaluation.batch_size": (int, type(None)),
 }
 _AT_LEAST = {
     "train.global_batch_size": 1,

@@ -31,6 +31,7 @@ from slope.data.files import (
 from slope.evaluation.perplexity import perplexity
 from slope.evaluation.table import Measurement
 
+METRICS = ("perplexity", "loss", "bits_per_byte")
 Span = tuple[int, int, int]
 """A window's first token, the token after its last, and the first token that it predicts."""
 
@@ -169,21 +170,26 @@ def measurements(label: str, data: str, held_out: HeldOut, found: Score) -> list
         found: what :func:`score` made of them.
     """
     value = perplexity(found.loss)
-    scales = {"perplexity": (value, value), "loss": (found.loss, 1.0)}
+    scales = [(value, value), (found.loss, 1.0)]
     if held_out.text_bytes is not None:
         share = len(held_out.ids) / (held_out.text_bytes * math.log(2))
-        scales["bits_per_byte"] = (share * found.loss, share)
+        scales.append((share * found.loss, share))
     return [
         Measurement(
             label,
             data,
             metric,
             number,
-            None if found.stderr is None else slope * found.stderr,
+            None if found.stderr is None or math.isinf(number) else slope * found.stderr,
             found.predicted,
         )
-        for metric, (number, slope) in scales.items()
+        for metric, (number, slope) in zip(metrics(held_out), scales, strict=True)
     ]
+
+
+def metrics(held_out: HeldOut) -> tuple[str, ...]:
+    """What :func:`measurements` measures of a file."""
+    return METRICS if held_out.text_bytes is not None else METRICS[:-1]
 
 
 def windows(tokens: int, window: int, stride: int) -> Iterator[Span]:
@@ -227,6 +233,23 @@ def check(
         raise ValueError(
             f"{type(model).__name__} is no causal language model, so it has no perplexity."
         )
+    window, stride = check_window(model, window, stride)
+    if len(ids) < 2:
+        raise ValueError(
+            f"{len(ids)} token to evaluate on, and the first one is never predicted: give a longer "
+            "text."
+        )
+    entries = model.get_input_embeddings().weight.shape[0]
+    if int(ids.min()) < 0 or int(ids.max()) >= entries:
+        raise ValueError(
+            f"the tokens run from {int(ids.min())} to {int(ids.max())}, but the model has {entries}"
+            " of them; the file was made with another tokenizer: evaluate on the text itself."
+        )
+    return window, stride
+
+
+def check_window(model: Any, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Whether a model can see so many tokens; the part of :func:`check` that needs no tokens."""
     context = getattr(model.config, "max_position_embeddings", None)
     if window is None:
         window = context or 1024
@@ -240,17 +263,6 @@ def check(
             f"a stride of {stride} tokens must be from 1 to the window's {window}; a larger one "
             "would leave tokens out."
         )
-    if len(ids) < 2:
-        raise ValueError(
-            f"{len(ids)} token to evaluate on, and the first one is never predicted: give a longer "
-            "text."
-        )
-    entries = model.get_input_embeddings().weight.shape[0]
-    if int(ids.min()) < 0 or int(ids.max()) >= entries:
-        raise ValueError(
-            f"the tokens run from {int(ids.min())} to {int(ids.max())}, but the model has {entries}"
-            " of them; the file was made with another tokenizer."
-        )
     return window, stride
 
 
@@ -262,8 +274,13 @@ def score(
     stride: int | None = None,
     batch_size: int = 8,
     track: Callable[[list[list[Span]]], Iterable[list[Span]]] = iter,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Score:
     """Score a stream of tokens.
+
+    Several processes share out the batches and all get the whole result. They do equally many
+    forwards, as a model needs whose parameters are shared out too.
 
     Args:
         model: causal language model; ``model(input_ids=(batch, length)).logits``.
@@ -272,6 +289,8 @@ def score(
         stride: tokens from one window to the next; None: ``window``.
         batch_size: windows at once.
         track: given the batches, hands them out; the place for a progress bar.
+        rank: of this process.
+        world_size: processes of the default group that call this together.
 
     Raises:
         ValueError: if a number is out of range, a token is unknown to the model, the model predicts
@@ -287,24 +306,33 @@ def score(
             batches[-1].append(span)
         else:
             batches.append([span])
+
+    def logits_of(batch: list[Span]) -> tuple[Tensor, Tensor]:
+        rows = torch.stack([ids[start:end] for start, end, _ in batch]).to(model.device)
+        return rows, model(input_ids=rows).logits
+
+    mine = batches[rank::world_size]
     was_training = model.training
     model.eval()
-    sums: list[Tensor] = []
+    sums = torch.zeros(len(spans), dtype=torch.float64, device=model.device)
+    place = {span: number for number, span in enumerate(spans)}
     try:
-        for batch in track(batches):
-            rows = torch.stack([ids[start:end] for start, end, _ in batch]).to(model.device)
-            logits = model(input_ids=rows).logits
-            for row, logit, (start, _, first) in zip(rows, logits, batch, strict=True):
-                skip = first - start
+        for batch in track(mine):
+            for span, row, logit in zip(batch, *logits_of(batch), strict=True):
+                skip = span[2] - span[0]
                 losses = torch.nn.functional.cross_entropy(
                     logit[skip - 1 : -1].float(), row[skip:], reduction="none"
                 )
-                sums.append(losses.double().sum())
+                sums[place[span]] = losses.double().sum()
+        if len(mine) < math.ceil(len(batches) / world_size):
+            logits_of(batches[0])  # to take part in the last forward of the others
     finally:
         model.train(was_training)
-    per_window = torch.stack(sums).cpu().numpy()
+    if world_size > 1:
+        torch.distributed.all_reduce(sums)
+    per_window = sums.cpu().numpy()
     counts = np.array([end - first for _, end, first in spans], dtype=np.float64)
-    predicted = counts.sum()
+    predicted = float(counts.sum())
     loss = float(per_window.sum() / predicted)
     stderr = None
     if len(spans) > 1 and math.isfinite(loss):
@@ -347,7 +375,7 @@ def _token_array(path: Path, tokenizer: Any) -> Tensor:
     if known is not None and array.size and int(array.max()) > known:
         raise ValueError(
             f"'{path}' holds token {int(array.max())}, but the tokenizer's last one is {known}; "
-            "the file was made with another tokenizer."
+            "the file was made with another tokenizer: evaluate on the text itself."
         )
     return torch.from_numpy(array.astype(np.int64))
 
@@ -367,7 +395,7 @@ def _cached_tokens(path: Path, tokenizer: Any) -> Tensor:
     if tokenizer is not None and not made_with.items() <= tokenizer.get_vocab().items():
         raise ValueError(
             f"'{path}' was made with tokenizer '{cache.meta['tokenizer']['name']}' of "
-            f"{len(made_with):,} entries, not with the checkpoint's; evaluate on the text itself."
+            f"{len(made_with):,} entries, not with the model's; evaluate on the text itself."
         )
     return torch.from_numpy(tokens.astype(np.int64))
 

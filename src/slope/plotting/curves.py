@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _SMOOTHED = 20  # points; a curve of more is smoothed
 _STEEP = 0.1  # share of a run, before which the losses of several are too steep to compare
 _THIN: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.6}
+_OTHERS = ("-", "--", "-.", ":")  # of as many other texts, if a run evaluated them
 _BOLD: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
 
 
@@ -78,6 +79,9 @@ def _draw_loss(
         look.draw(axis, (x, [of(y) for y in nats]), BLUE, label, **plain)
         marked = {**_BOLD, "marker": look.marker, "markevery": 1}
         look.draw(axis, (val[0], [of(y) for y in val[1]]), ORANGE, "validation", **marked)
+        for name, style in zip(run.evaluated() if look.alone else (), _OTHERS, strict=False):
+            x, nats = horizontal.points(run, f"eval/{name}/loss")
+            look.draw(axis, (x, [of(y) for y in nats]), PURPLE, name, **_BOLD, linestyle=style)
     if len(shown) > 1 and limits:
         spare = 0.05 * (max(limits) - min(limits)) or 0.1
         axis.set_ylim(of(min(limits) - spare), of(max(limits) + spare))

@@ -53,6 +53,11 @@ class Run:
         active = [row for row in self.rows if _truth(row.get("adapters_active"))]
         return number(active[0]["step"]) if active else None
 
+    def evaluated(self) -> list[str]:
+        """The other texts that it was evaluated on."""
+        names = [n for n in self.rows[0] if n.startswith("eval/") and n.endswith("/loss")]
+        return [name.removeprefix("eval/").removesuffix("/loss") for name in names]
+
     def title(self) -> str:
         """Its label, with the result once there is one."""
         loss, tokens = self.summary.get("val_loss"), self.summary.get("tokens")

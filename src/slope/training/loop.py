@@ -1,4 +1,4 @@
-"""What happens between two optimizer steps: log, validate, save, stop.
+"""What happens between two optimizer steps: log, validate, evaluate, save, stop.
 
 All of it happens in one place, in this order, so a checkpoint of step k holds everything that step
 k brought about, and a process killed anywhere continues from the last one as if nothing had been.
@@ -28,6 +28,7 @@ from slope import adapters_active
 from slope.training import checkpoint as checkpoints
 from slope.training import rng
 from slope.training.diagnostics import MaskDiagnostics
+from slope.training.evaluation import TextEvaluation
 from slope.training.metrics import MetricsFile, Value
 from slope.training.module import LanguageModule
 from slope.training.progress import Progress
@@ -76,6 +77,7 @@ class RunState:
         recent: losses of the last optimizer steps.
         val_loss: last measured validation loss.
         val_step: the step it was measured at.
+        evaluated: the last measurements of other texts, by column.
         best: validation loss of each step_<k>.ckpt, as pairs (step, loss).
         copies: names under which the checkpoint of this state is also written.
         dropped: steps whose step_<k>.ckpt goes once it is written.
@@ -87,6 +89,7 @@ class RunState:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=SMOOTHED_STEPS))
     val_loss: float | None = None
     val_step: int | None = None
+    evaluated: dict[str, float] = field(default_factory=dict)
     best: list[tuple[int, float]] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
@@ -104,6 +107,7 @@ class RunState:
             "recent": list(self.recent),
             "val_loss": self.val_loss,
             "val_step": self.val_step,
+            "evaluated": dict(self.evaluated),
             "best": [list(pair) for pair in self.best],
             "copies": list(self.copies),
             "dropped": list(self.dropped),
@@ -117,13 +121,14 @@ class RunState:
         self.recent.extend(state["recent"])
         self.val_loss = state["val_loss"]
         self.val_step = state["val_step"]
+        self.evaluated = dict(state.get("evaluated", {}))  # older versions have none
         self.best = [(int(step), float(loss)) for step, loss in state["best"]]
         self.copies, self.dropped = list(state["copies"]), list(state["dropped"])
         self.adapters_started_at_step = state["adapters_started_at_step"]
 
 
 class RunLoop(pl.Callback):
-    """Log, validate, save and stop at optimizer step boundaries.
+    """Log, validate, evaluate, save and stop at optimizer step boundaries.
 
     Args:
         intervals: when.
@@ -137,6 +142,7 @@ class RunLoop(pl.Callback):
         seed: of the generators of a new run; each process adds its rank.
         rng_states: generator states of a checkpoint, one per process.
         tokenizer: that of the data, in plain values; saved for whoever uses the model.
+        evaluation: of other texts, on every process; None if there is none.
 
     Attributes:
         metrics: the CSV, on the first process only; set before the fit.
@@ -158,6 +164,7 @@ class RunLoop(pl.Callback):
         seed: int,
         rng_states: list[dict[str, Any]] | None = None,
         tokenizer: dict[str, Any] | None = None,
+        evaluation: TextEvaluation | None = None,
     ) -> None:
         self.intervals = intervals
         self.directory = directory
@@ -172,6 +179,7 @@ class RunLoop(pl.Callback):
         self.seed = seed
         self.rng_states = rng_states
         self.tokenizer = tokenizer
+        self.evaluation = evaluation
         self.state = RunState()
         self.stopped_by: str | None = None
         self._pending: list[tuple[int, Tensor, Tensor]] = []
@@ -229,10 +237,12 @@ class RunLoop(pl.Callback):
 
         stop = self._stop_requested(trainer)
         validate = due(self.intervals.validate, step)
+        evaluate = self.evaluation is not None and due(self.evaluation.every, step)
         save = stop or due(self.intervals.save, step)
         progress = self.intervals.progress > 0 and step % self.intervals.progress == 0
         row: dict[str, Value] = {}
-        if validate or save or progress or step == 1 or due(self.intervals.log, step):
+        write = validate or evaluate or step == 1 or due(self.intervals.log, step)
+        if write or save or progress:
             row = self._measure(trainer, pl_module, step)
         if self.diagnostics is not None and self.diagnostics.due(step):
             with self._aside():
@@ -243,7 +253,12 @@ class RunLoop(pl.Callback):
             loss = measured["val/loss"]
             self.state.val_loss, self.state.val_step = loss, step
             row |= measured | {"val/perplexity": perplexity(loss)}
-        if validate or step == 1 or due(self.intervals.log, step):
+        if evaluate:
+            assert self.evaluation is not None
+            with self._aside():
+                self.state.evaluated = self.evaluation.measure(trainer, pl_module)
+            row |= self.state.evaluated
+        if write:
             self._write(trainer, row)
         if save or progress:
             with self._aside():

@@ -31,6 +31,8 @@ COLUMNS = (
     "val/next_sentence_accuracy",
 )
 """Of ``metrics.csv``: one row per step."""
+EVALUATED = "eval/"
+"""What the columns of other texts begin with, which each run names itself."""
 DIAGNOSTICS_COLUMNS = ("step", "layer", *MASK_COLUMNS)
 """Of ``diagnostics.csv``: one row per step and layer, and one for the layer ``total``."""
 
@@ -45,7 +47,8 @@ class MetricsFile:
         step: the optimizer step from which the run goes on. Rows of later steps, written by a
             process that died after its last checkpoint, and a torn last line are dropped.
         columns: what it holds; the first is the step. A file that was begun with fewer of them gets
-            the others, empty in the rows that it has.
+            the others, empty in the rows that it has; one that was begun with other texts to
+            evaluate keeps their columns.
 
     Raises:
         ValueError: if the file exists and is not a metrics file.
@@ -57,7 +60,10 @@ class MetricsFile:
         self.columns = tuple(columns)
         with clearly(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = _rows_until(path, step, self.columns) if path.exists() else []
+            known = _rows_until(path, step, self.columns) if path.exists() else []
+            if known:
+                self.columns += tuple(name for name in known[0] if name not in self.columns)
+            rows = [[row.get(column, "") for column in self.columns] for row in known]
             temporary = path.with_name(path.name + ".partial")
             with open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
@@ -113,18 +119,19 @@ def _text(value: Value | str) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _rows_until(path: Path, step: int, columns: tuple[str, ...]) -> list[list[str]]:
+def _rows_until(path: Path, step: int, columns: tuple[str, ...]) -> list[dict[str, str]]:
     text = path.read_bytes().decode("utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     lines = list(csv.reader(io.StringIO(whole)))
     if not lines:
         return []
     header = lines[0]
-    if header[:1] != ["step"] or not set(header) <= set(columns):
+    if header[:1] != ["step"] or not all(
+        name in columns or name.startswith(EVALUATED) for name in header
+    ):
         raise ValueError(
             f"{path} is not a metrics file of slope (first columns: {header[:4]}); move it away "
             "or choose another name=."
         )
     good = [row for row in lines[1:] if len(row) == len(header) and row[0].isdigit()]
-    known = [dict(zip(header, row, strict=True)) for row in good if 0 < int(row[0]) <= step]
-    return [[row.get(column, "") for column in columns] for row in known]
+    return [dict(zip(header, row, strict=True)) for row in good if 0 < int(row[0]) <= step]

@@ -25,11 +25,11 @@ from slope.data.pairs import Masking
 from slope.integrations.lightning import MaskCheck, SlopeCallback
 from slope.schedule import SlopeSchedule
 from slope.training import checkpoint as checkpoints
-from slope.training import diagnostics, initial, pruner, rng, signature, strategies
+from slope.training import diagnostics, evaluation, initial, pruner, rng, signature, strategies
 from slope.training.hardware import Hardware, accumulation, hardware_of, is_first
 from slope.training.loop import Intervals, RunLoop, peak_memory_bytes, perplexity
 from slope.training.masked import MaskedLanguageModule
-from slope.training.metrics import MetricsFile, clearly
+from slope.training.metrics import COLUMNS, MetricsFile, clearly
 from slope.training.module import LanguageModule, TrainBatches
 from slope.training.optim import LORA_LR_RATIO, LearningRates, state_bytes
 from slope.training.progress import Progress, console_handler, show_summary
@@ -130,6 +130,7 @@ def _run(
     ) or slope.sparsity_report(model)
     log.info("%s", report.summary())
     schedule = pruner.schedule(cfg.pruner, max_steps, bool(slope.adapter_parameters(model)))
+    texts = evaluation.TextEvaluation.open(cfg, model, data.tokenizer)
 
     module = (MaskedLanguageModule if masked else LanguageModule)(
         model,
@@ -187,12 +188,16 @@ def _run(
         tokens_per_epoch=len(data.train) * max_length,
         seed=int(cfg.seed),
         tokenizer=tokenizer,
+        evaluation=texts,
     )
     waking = SlopeCallback(
         max_steps, schedule.lora_start, schedule.lora_lazy, schedule.dense_start, schedule.evolution
     )
+    same = {"the step to go on from": step}
+    if texts is not None:
+        same |= {f"tokens of {label}": len(text.ids) for label, text in texts.texts.items()}
     callbacks = [
-        strategies.SameStart(known | {"the step to go on from": step}),
+        strategies.SameStart(known | same),
         waking,
         MaskCheck(int(cfg.trainer.check_masks_every_n_steps)),
         loop,
@@ -230,7 +235,8 @@ def _run(
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     with _no_cache(model), contextlib.ExitStack() as tables:
         if first:
-            metrics = MetricsFile(log_dir / "metrics.csv", step)
+            columns = COLUMNS if texts is None else (*COLUMNS, *texts.columns)
+            metrics = MetricsFile(log_dir / "metrics.csv", step, columns)
             loop.metrics = tables.enter_context(metrics)
             masks = None
             if not sharded:
@@ -293,6 +299,7 @@ def _try_on_meta(cfg: DictConfig) -> None:
     with torch.device("meta"):
         model = build_model(cfg.model, 1, int(cfg.datamodule.max_length))
         pruner.apply(cfg.pruner, model, choose_masks=False)
+    evaluation.check(cfg, model)
 
 
 def _calibration(cfg: DictConfig, data: Any) -> Iterable[dict[str, Tensor]] | None:
@@ -498,6 +505,7 @@ def _finish(
         "optimizer_state_bytes": state_bytes(trainer.optimizers[0]),
         "adapters_started_at_step": state.adapters_started_at_step,
         "wall_seconds": state.seconds,
+        **state.evaluated,
     }
     written = {
         "metrics": log_dir / "metrics.csv",

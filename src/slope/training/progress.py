@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from slope.training.metrics import EVALUATED
+
 log = logging.getLogger(__name__)
 
 Row = Mapping[str, "float | int | None"]
@@ -80,10 +82,15 @@ class Progress:
             self._bar.update(self._task, text=text)
 
     def row(self, row: Row) -> None:
-        """A row of the metrics was written: a validation is always said, the rest if no bar."""
+        """A row of the metrics was written: what was validated or evaluated is always said."""
         step, loss = row["step"], row.get("val/loss")
         if loss is not None:
             log.info("step %s: val loss %.4f, perplexity %.2f", step, loss, row["val/perplexity"])
+        for name in row:
+            if name.startswith(EVALUATED) and name.endswith("/loss"):
+                text = name.removeprefix(EVALUATED).removesuffix("/loss")
+                value = row[name.removesuffix("loss") + "perplexity"]
+                log.info("step %s: %s loss %.4f, perplexity %.2f", step, text, row[name], value)
         if self._bar is None:
             speed = row["tokens_per_second"]
             log.info(
