@@ -138,7 +138,7 @@ def test_a_decode_kernel_by_name(shape, dtype, backend):
 def test_every_cut_of_the_compiled_decode_kernel(splits):
     layer = a_layer((320, 1600), values_dtype=torch.bfloat16).requires_grad_(False)
     exact = layer.to_dense().double()
-    for most, *cuts in decoding_mma._LAUNCHES:
+    for most, cuts in decoding_mma._LAUNCHES.items():
         for cut in cuts:
             x = torch.randn(most, 1600, device="cuda", dtype=torch.bfloat16)
             given = x, layer.values, layer.metadata, layer.bias
