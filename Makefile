@@ -1,6 +1,7 @@
 # Everything is done inside .venv, which each target makes when it is not there.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
 NAME   ?= demo-$(shell date +%Y%m%d-%H%M%S)
 ARGS   ?=
 
@@ -45,7 +46,7 @@ bench: .venv/.demo  ## measure a sparse against a dense training step, and the p
 clean:  ## remove .venv and caches; runs (logs/, checkpoints/) and token caches stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 
-# --- set-up; each file is made once and again when pyproject.toml changes ----------------------
+# --- set-up; each file is made once and again when what it needs changes ----------------------
 
 # Some systems ship venv without its own pip: then the system's pip fills it.
 .venv/.python:
@@ -63,12 +64,12 @@ clean:  ## remove .venv and caches; runs (logs/, checkpoints/) and token caches 
 		{ echo "installing $(TORCH)"; $(PIP) $(TORCH); }
 	@touch $@
 
-.venv/.demo: .venv/.torch pyproject.toml
+.venv/.demo: .venv/.torch pyproject.toml $(CONSTRAINTS)
 	@echo "installing slope-llm[demo]"
-	@$(PIP) -e '.[demo]'
+	@$(PIP) -c $(CONSTRAINTS) -e '.[demo]'
 	@touch $@
 
-.venv/.dev: .venv/.torch pyproject.toml
+.venv/.dev: .venv/.torch pyproject.toml $(CONSTRAINTS)
 	@echo "installing slope-llm[dev]"
-	@$(PIP) -e '.[dev]'
+	@$(PIP) -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@ .venv/.demo

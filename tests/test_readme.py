@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import runpy
 import shlex
@@ -10,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = runpy.run_path(str(ROOT / "docs" / "lines.py"), run_name="lines")
@@ -169,6 +171,18 @@ def test_versions_agree():
     assert f'version = "{slope.__version__}"' in project
     assert f"version: {slope.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{slope.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_what_make_installs_is_pinned_to_versions_that_the_project_allows():
+    found = importlib.metadata.metadata("slope-llm").get_all("Requires-Dist")
+    needed = [Requirement(line) for line in found]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {pin.name: pin for pin in map(Requirement, (x for x in lines if x[0] != "#"))}
+    assert {need.name for need in needed} - {"torch", "slope-llm"} == set(pins)
+    for need in needed:
+        if need.name in pins:
+            [pin] = pins[need.name].specifier
+            assert pin.operator == "==" and need.specifier.contains(pin.version), need.name
 
 
 @pytest.mark.parametrize("script", **named([*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"]))
