@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import slope
 from slope import cli
@@ -30,15 +31,18 @@ def test_a_batch_gives_what_each_prompt_gives_without_a_cache(make_model, tokeni
 
 def test_the_cache_is_static(make_model, tokenizer, monkeypatch):
     model = make_model()
-    seen, original = [], model.forward
+    seen, update = [], StaticCache.update
 
-    def forward(*args, past_key_values=None, **kwargs):
-        seen.append(type(past_key_values).__name__)
-        return original(*args, past_key_values=past_key_values, **kwargs)
+    def counted(self, keys, values, layer, *args, **kwargs):
+        seen.append((id(self), layer))
+        return update(self, keys, values, layer, *args, **kwargs)
 
-    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(StaticCache, "update", counted)
     generate(model, tokenizer, ["the"], GREEDY)
-    assert set(seen) == {"StaticCache"} and len(seen) <= 8
+    layers = model.config.num_hidden_layers
+    assert len({cache for cache, _ in seen}) == 1
+    assert [layer for _, layer in seen] == [*range(layers)] * (len(seen) // layers)
+    assert 0 < len(seen) <= 8 * layers
 
 
 def test_text_is_streamed_and_a_seed_repeats_it(make_model, tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -128,13 +129,16 @@ def _with_cache(model: nn.Module, ids: Tensor, context: int) -> Callable[[], obj
     config: Any = model.config
     cache = StaticCache(config=config, max_cache_len=context + 1)
     layers: Any = cache.layers
+    # transformers 5.24 gave the argument its new name.
+    renamed = "cache" in inspect.signature(model.forward).parameters
+    options = {"cache" if renamed else "past_key_values": cache, "logits_to_keep": 1}
     with torch.inference_mode():
-        model(input_ids=ids.expand(-1, context), past_key_values=cache, logits_to_keep=1)
+        model(input_ids=ids.expand(-1, context), **options)
 
     def step() -> object:
         for layer in layers:
             layer.cumulative_length.fill_(context)
-        return model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        return model(input_ids=ids, **options)
 
     return step
 
