@@ -35,31 +35,23 @@ def test_the_official_file_is_read(tmp_path):
         assert question.context[question.start :].startswith(question.answers[0])
 
 
-def test_an_answer_beside_its_context_is_named_with_file_line_and_question(tmp_path):
-    article = squad_article(3, 1)
-    article["data"][0]["paragraphs"][1]["qas"][0]["answers"][0]["text"] = "Atlantis"
-    path = dump(tmp_path / "a.json", article)
-    lines = path.read_text().splitlines()
-    line = 1 + next(number for number, text in enumerate(lines) if '"1-1"' in text)
-    with pytest.raises(
-        ValueError,
-        match=rf"a\.json' line {line}, question '1-1': answer 'Atlantis' is not in its context at",
-    ):
-        list(squad.read(path))
-
-
+@pytest.mark.parametrize("indent", [1, None])
 @pytest.mark.parametrize("escaped", [True, False])
-def test_the_line_of_an_id_beyond_ascii_is_found(escaped, tmp_path):
-    article = squad_article(2, 1)
+def test_an_answer_beside_its_context_is_named_with_file_line_and_question(
+    escaped, indent, tmp_path
+):
+    article = squad_article(3, 1)
     asked = article["data"][0]["paragraphs"][1]["qas"][0]
     asked["id"], asked["answers"][0]["text"] = "Kraków", "Atlantis"
     path = tmp_path / "a.json"
-    text = json.dumps(article, indent=1, ensure_ascii=escaped)
+    text = json.dumps(article, indent=indent, ensure_ascii=escaped)
     path.write_text(text, encoding="utf-8")
-    line = 1 + text.splitlines().index(
-        f'       "id": {json.dumps("Kraków", ensure_ascii=escaped)},'
-    )
-    with pytest.raises(ValueError, match=rf"line {line}, question 'Kraków': answer 'Atlantis'"):
+    # The line before that of the text holds the brace of its answer.
+    line = text.count("\n", 0, text.index('"Atlantis"')) or 1
+    with pytest.raises(
+        ValueError,
+        match=rf"a\.json' line {line}: answer 'Atlantis' to question 'Kraków' is not in its conte",
+    ):
         list(squad.read(path))
 
 
@@ -75,12 +67,17 @@ def test_an_answer_that_is_one_character_off_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"data": [\n}', "line 2: no JSON .* is the download complete"),
-        ('{"version": 1}', "line 1: no SQuAD v1.1 file: a JSON object with a list 'data'"),
-        ('{"data": []}', "has no questions"),
-        ('{"data": [{"title": "x"}]}', r"KeyError: 'paragraphs' after 0 questions"),
-        ('{"data": [{"paragraphs": [{"context": "a", "qas":\n [{"id": "q", "question": "b", '
-         '"answers": []}]}]}]}', "line 2, question 'q': it has no answer, as SQuAD v2.0 allows"),
+        ("", r"line 1: no JSON \(Expecting value\); is the download complete"),
+        ('{"data": [\n}', r"line 2: no JSON .* is the download complete"),
+        ('\n[{"data": []}]', r'line 2: the document is \[\{"data": \[\]\}\], and must be an obj'),
+        ('{"version": 1}', r"line 1: the document has no 'data'\. SQuAD v1\.1 is \{data: \["),
+        ('{"version": 1,\n "data": {"a": 1}}',
+         r"""line 2: 'data' of the document is \{"a": 1\}, and must be a list\."""),
+        ('{"data": []}', "has no questions; is the download complete"),
+        ('{"data": [\n 3]}', r"line 2: data\[0\] is 3, and must be an object\."),
+        ('{"data": [{"title": "x"}]}', r"line 1: data\[0\] has no 'paragraphs'\."),
+        ('{"data": [{"paragraphs": []},\n {"paragraphs": "x"}]}',
+         r"line 2: 'paragraphs' of data\[1\] is \"x\", and must be a list\."),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_an_error(text, message, tmp_path):
@@ -91,46 +88,56 @@ def test_a_wrong_file_is_an_error(text, message, tmp_path):
     assert re.search(message, str(caught.value))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"id": 5}, r"question 5: its id is 5, and must be a text"),
-        ({"question": None}, "question '1-1': its question is null, and must be a text"),
-        ({"answers": None}, "it has no list of answers"),
-        (
-            {"answers": [{"text": "rome", "answer_start": "x"}]},
-            'answer is {"text": "rome", "answer_',
-        ),
-        ({"answers": [{"text": 1905, "answer_start": 0}]}, '{"text": 1905, .* must be a text with'),
-        ({"id": "1-0"}, "question '1-0': the id is there twice; give each question an id of its"),
-    ],
-)
-def test_a_wrong_question_is_named_with_its_line(change, message, tmp_path):
-    article = squad_article(3, 1)
-    asked = article["data"][0]["paragraphs"][1]["qas"][0]
-    asked |= change
-    path = dump(tmp_path / "a.json", article)
-    text = path.read_text()
-    line = text.count("\n", 0, text.rindex(f'"id": {json.dumps(asked["id"])}')) + 1
-    with pytest.raises(ValueError, match=rf"a\.json' line {line}, question") as caught:
+def test_a_file_that_was_cut_off_is_named_with_its_last_line(tmp_path):
+    path = dump(tmp_path / "a.json", squad_article(3, 1))
+    text = path.read_text()[:-200]
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"line {text.count(chr(10)) + 1}: no JSON .* complete"):
         list(squad.read(path))
-    assert re.search(message, str(caught.value))
 
 
-def test_a_question_without_an_id_is_found_by_its_text(tmp_path):
-    article = squad_article(1, 1)
-    del article["data"][0]["paragraphs"][0]["qas"][0]["id"]
-    with pytest.raises(ValueError, match=r"line \d+, question 'What city\?': its id is null, and"):
-        list(squad.read(dump(tmp_path / "a.json", article)))
+ANSWER = {"text": "rome", "answer_start": 0}
 
 
-def test_a_context_that_is_no_text_is_named(tmp_path):
-    article = squad_article(1, 1)
-    article["data"][0]["paragraphs"][0]["context"] = 7
-    with pytest.raises(
-        ValueError, match=r"line \d+, question '1-0': its context is 7, and must be"
-    ):
-        list(squad.read(dump(tmp_path / "a.json", article)))
+@pytest.mark.parametrize(
+    ("place", "value", "marked", "message"),
+    [
+        (["context"], None, "{", "has no 'context'"),
+        (["context"], 7, '"context"', "'context' of PARAGRAPH is 7, and must be a text"),
+        (["qas"], {}, '"qas"', r"'qas' of PARAGRAPH is \{\}, and must be a list"),
+        (["qas", 0], "who", '"who"', r'PARAGRAPH\.qas\[0\] is "who", and must be an object'),
+        (["qas", 0, "id"], None, "{", r"PARAGRAPH\.qas\[0\] has no 'id'"),
+        (["qas", 0, "id"], 5, '"id"', r"'id' of PARAGRAPH\.qas\[0\] is 5, and must be a text"),
+        (["qas", 0, "id"], "1-0", '"id"', "question '1-0' is there twice; give each an id of its"),
+        (["qas", 0, "question"], None, "{", r"PARAGRAPH\.qas\[0\] has no 'question'"),
+        (["qas", 0, "question"], ["x" * 99], '"question"', r'is \["x{58} …, and must be a text'),
+        (["qas", 0, "answers"], None, "{", "question '1-1' has no answer, as in SQuAD v2.0"),
+        (["qas", 0, "answers"], [], "{", "question '1-1' has no answer, as in SQuAD v2.0"),
+        (["qas", 0, "answers"], ANSWER, '"answers"', "'answers' of .* and must be a list"),
+        (["qas", 0, "answers", 0], "rome", '"rome"', r'answers\[0\] is "rome", and must be an obj'),
+        (["qas", 0, "answers", 0, "text"], 1905, '"text"', "is 1905, and must be a text"),
+        (["qas", 0, "answers", 0, "answer_start"], "4", '"answer_start"', 'is "4", and must be a'),
+        (["qas", 0, "answers", 0, "answer_start"], 4.0, '"answer_start"', "is 4.0, and must be a"),
+        (["qas", 0, "answers", 0, "answer_start"], True, '"answer_start"', "is true, and must be"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_paragraph_is_named_with_its_line(
+    place, value, marked, message, tmp_path
+):
+    article = squad_article(3, 1)
+    parent = article["data"][0]["paragraphs"][1]
+    for step in place[:-1]:
+        parent = parent[step]
+    if value is None:
+        del parent[place[-1]]
+    else:
+        parent[place[-1]] = value
+    path = dump(tmp_path / "a.json", article)
+    with pytest.raises(ValueError, match=r"a\.json' line \d+: ") as caught:
+        list(squad.read(path))
+    assert re.search(message.replace("PARAGRAPH", r"data\[0\]\.paragraphs\[1\]"), str(caught.value))
+    line = int(re.search(r"line (\d+)", str(caught.value))[1])
+    assert path.read_text().splitlines()[line - 1].strip().startswith(marked)
 
 
 def test_a_byte_order_mark_is_no_error_and_another_encoding_is(tmp_path):

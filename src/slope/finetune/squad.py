@@ -8,11 +8,10 @@ windows counts once; over all windows of a question the span of the largest star
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -25,6 +24,12 @@ from slope.finetune.metrics import Array
 
 FILES = {"train": "train-v1.1.json", "dev": "dev-v1.1.json"}
 _SLACK = 2  # characters that an `answer_start` may be off, as a few in circulation are
+_SHOWN = 60  # characters of a wrong value in an error
+_LAYOUT = (
+    "SQuAD v1.1 is {data: [{paragraphs: [{context, qas: [{id, question, answers: [{text, "
+    "answer_start}]}]}]}]}."
+)
+_Place: TypeAlias = tuple[str | int, ...]
 
 
 class Question(NamedTuple):
@@ -137,6 +142,14 @@ class SquadTask:
         return {key: text for key, (_, text) in best.items()}
 
 
+class _Wrong(ValueError):
+    """What is wrong in a JSON document, and at which keys and indices it stands."""
+
+    def __init__(self, place: _Place, message: str) -> None:
+        super().__init__(message)
+        self.place = place
+
+
 def read(path: Path) -> Iterator[Question]:
     """The questions of an official file.
 
@@ -145,82 +158,115 @@ def read(path: Path) -> Iterator[Question]:
     """
     text = read_utf8(path)
     try:
-        articles = json.loads(text)["data"]
+        document = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"'{path}' line {error.lineno}: no JSON ({error.msg}); is the download complete?"
         ) from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"'{path}' line 1: no SQuAD v1.1 file: a JSON object with a list 'data' is needed."
-        ) from error
     known: set[str] = set()
     try:
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                for asked in paragraph["qas"]:
-                    try:
-                        question = _question(asked, paragraph.get("context"))
-                    except ValueError as error:
-                        raise ValueError(f"'{path}' {_where(text, asked)}: {error}") from error
-                    if question.id in known:
-                        raise ValueError(
-                            f"'{path}' {_where(text, asked, -1)}: the id is there twice; give each "
-                            "question an id of its own."
-                        )
-                    known.add(question.id)
-                    yield question
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"'{path}' is no SQuAD v1.1 file ({type(error).__name__}: {error} after {len(known)} "
-            "questions); it needs data / paragraphs / context, qas / id, question, answers / "
-            "text, answer_start."
-        ) from error
+        for place, question in _questions(document):
+            if question.id in known:
+                raise _Wrong(
+                    (*place, "id"),
+                    f"question {question.id!r} is there twice; give each an id of its own.",
+                )
+            known.add(question.id)
+            yield question
+    except _Wrong as error:
+        line = text.count("\n", 0, _position(text, error.place)) + 1
+        raise ValueError(f"'{path}' line {line}: {error}") from error
     if not known:
         raise ValueError(f"'{path}' has no questions; is the download complete?")
 
 
-def _where(text: str, asked: Mapping[str, Any], occurrence: int = 0) -> str:
-    """Line of a question's id, or of its text, and what was searched."""
-    for key in ("id", "question"):
-        # A file may escape non-ASCII characters or not.
-        forms = {json.dumps(asked.get(key), ensure_ascii=escaped) for escaped in (True, False)}
-        pattern = rf'"{key}"\s*:\s*({"|".join(map(re.escape, sorted(forms)))})'
-        if found := [match.start() for match in re.finditer(pattern, text)]:
-            line = text.count("\n", 0, found[occurrence]) + 1
-            return f"line {line}, question {asked[key]!r}"
-    return f"question {dict(asked)}"
+def _questions(document: Any) -> Iterator[tuple[_Place, Question]]:
+    for a, article in enumerate(_member(document, "data", list)):
+        above: _Place = ("data", a)
+        for p, paragraph in enumerate(_member(article, "paragraphs", list, above)):
+            around: _Place = (*above, "paragraphs", p)
+            context = _member(paragraph, "context", str, around)
+            for q, asked in enumerate(_member(paragraph, "qas", list, around)):
+                place = (*around, "qas", q)
+                yield place, _question(asked, context, place)
 
 
-def _question(asked: Mapping[str, Any], context: Any) -> Question:
-    texts = {"id": asked.get("id"), "question": asked.get("question"), "context": context}
-    for key, value in texts.items():
-        if not isinstance(value, str):
-            raise ValueError(f"its {key} is {json.dumps(value)}, and must be a text.")
-    answers = asked.get("answers")
-    if not isinstance(answers, list):
-        raise ValueError("it has no list of answers; the official train and dev files have one.")
-    if not answers:
-        raise ValueError("it has no answer, as SQuAD v2.0 allows; v1.1 is needed.")
-    starts = []
-    for answer in answers:
-        text, given = answer.get("text"), answer.get("answer_start")
-        if not isinstance(text, str) or not isinstance(given, int):
-            raise ValueError(
-                f"its answer is {json.dumps(answer)}, and must be a text with its answer_start, a "
-                "whole number."
-            )
+def _member(parent: Any, key: str, kind: type[Any], place: _Place = ()) -> Any:
+    """``parent[key]``, if it is of that kind."""
+    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    name = name.lstrip(".") or "the document"
+    if not isinstance(parent, dict):
+        raise _Wrong(place, f"{name} is {_short(parent)}, and must be an object. {_LAYOUT}")
+    if key not in parent:
+        raise _Wrong(place, f"{name} has no {key!r}. {_LAYOUT}")
+    value = parent[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        wanted = {list: "a list", str: "a text", int: "a whole number"}[kind]
+        raise _Wrong(
+            (*place, key), f"{key!r} of {name} is {_short(value)}, and must be {wanted}. {_LAYOUT}"
+        )
+    return value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"
+
+
+def _position(text: str, place: _Place) -> int:
+    """The character of a JSON document at which the value at ``place`` begins."""
+    decoder = json.JSONDecoder()
+
+    def solid(at: int) -> int:
+        while text[at].isspace():
+            at += 1
+        return at
+
+    at = solid(0)
+    for step in place:
+        at, index = solid(at + 1), 0
+        while True:
+            found: Any = index
+            if isinstance(step, str):
+                found, at = decoder.raw_decode(text, at)
+                at = solid(solid(at) + 1)  # behind the colon
+            if found == step:
+                break
+            at = solid(solid(decoder.raw_decode(text, at)[1]) + 1)  # behind the comma
+            index += 1
+    return at
+
+
+def _question(asked: Any, context: str, place: _Place = ()) -> Question:
+    """A question whose answers are in its context.
+
+    Args:
+        asked: of the JSON document.
+        context: the paragraph's.
+        place: of ``asked``.
+    """
+    name, question = (_member(asked, key, str, place) for key in ("id", "question"))
+    if not asked.get("answers"):
+        raise _Wrong(
+            place,
+            f"question {name!r} has no answer, as in SQuAD v2.0 or a test set; v1.1 is needed.",
+        )
+    texts, starts = [], []
+    for index, answer in enumerate(_member(asked, "answers", list, place)):
+        here: _Place = (*place, "answers", index)
+        text, given = _member(answer, "text", str, here), _member(answer, "answer_start", int, here)
         near = sorted(range(given - _SLACK, given + _SLACK + 1), key=lambda at: abs(at - given))
         found = [at for at in near if at >= 0 and context.startswith(text, at)]
         if not found or not text.strip():
             there = context[max(0, given) : max(0, given) + len(text)]
-            raise ValueError(
-                f"answer {text!r} is not in its context at character {given}, where {there!r} "
-                "stands; correct answer_start or the text."
+            raise _Wrong(
+                here,
+                f"answer {text!r} to question {name!r} is not in its context at character {given}, "
+                f"where {there!r} stands; correct answer_start or the text.",
             )
+        texts.append(text)
         starts.append(found[0])
-    chosen = tuple(answer["text"] for answer in answers)
-    return Question(asked["id"], asked["question"].strip(), context, chosen, starts[0])
+    return Question(name, question.strip(), context, tuple(texts), starts[0])
 
 
 def _from_hub(row: Mapping[str, Any]) -> Question:
