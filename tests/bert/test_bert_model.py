@@ -82,6 +82,32 @@ def test_rules_and_increments():
     assert found[f"{parts.blocks[2]}.output.dense"] == "dense"
 
 
+def test_a_rule_may_prune_pooler_and_transform_but_no_head():
+    report, _ = sparsify("pruner.rules=[['bert.pooler.*','2:8'],['cls.*','2:4']]")
+    found = kinds(report)
+    assert found["bert.pooler.dense"] == "2:8"
+    assert found["cls.predictions.transform.dense"] == "2:4"
+    assert found["cls.predictions.decoder"] == found["cls.seq_relationship"] == "dense"
+
+
+def test_the_increments_of_bert_large_are_in_halves():
+    def halves(text):
+        cfg = compose(
+            ["experiment=bert/phase2", "pruner=slope", f"pruner.sparsity_increment={text}"]
+        )
+        with torch.device("meta"):
+            model = build_model(cfg.model, 30522, 512)
+            found = kinds(pruner.apply(cfg.pruner, model, choose_masks=False))
+        blocks = structure(model).blocks
+        return [
+            {kind for name, kind in found.items() if any(name.startswith(f"{b}.") for b in half)}
+            for half in (blocks[1:12], blocks[12:])
+        ]
+
+    assert halves("12") == [{"2:4"}, {"2:8"}]
+    assert halves('"0,12,-1"') == [{"2:8"}, {"2:4"}]
+
+
 def batch():
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(5, 50, (4, 16), generator=draw)

@@ -184,6 +184,11 @@ def test_the_fine_tuner_reads_the_checkpoint(finished, tmp_path):
         (["model.config.hidden_size=64"], ValueError, "does not fit this model"),
         (["datamodule.tokenizer=bpe:300"], ValueError, r"has no token \[PAD\]"),
         (["datamodule.masking.max_predictions=40"], ValueError, "between 1 and the 29 tokens"),
+        (["trainer.precision=16-mixed"], ValueError,
+         "trainer.precision=16-mixed needs a GPU.*type trainer.precision=32-true, or bf16-mixed"),
+        (["trainer.precision=16"], ValueError, "trainer.precision=16 needs a GPU"),
+        (["trainer.precision=fp16"], ValueError,
+         "trainer.precision=fp16 is unknown; use auto, 32-true, bf16-mixed, 16-mixed, bf16-true"),
     ],
 )  # fmt: skip
 def test_a_phase_2_that_cannot_begin_says_why(runs, finished, overrides, error, text):
@@ -208,11 +213,24 @@ def test_a_vocabulary_that_does_not_fit_is_named(runs, finished, tmp_path):
         runs.phase2("name=wrong", f"datamodule.tokenizer={path}")
 
 
-def test_phase_2_without_phase_1_names_the_run_that_it_waits_for(runs):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("bert-demo", "experiment=bert/demo pruner=slope"),
+        ("bert-phase1/last.ckpt", "experiment=bert/phase1 pruner=slope"),
+        ("bert-phase1-dense", "experiment=bert/phase1 name=bert-phase1-dense pruner=none"),
+        ("bert-demo2-7", "experiment=bert/demo2 name=bert-demo2-7 pruner=slope"),
+        ("mine", "experiment=<its configuration> name=mine"),
+    ],
+)
+def test_phase_2_without_phase_1_says_what_to_type(runs, name, words):
+    overrides = [] if name == "bert-demo" else [f"init_from={runs.root}/checkpoints/{name}"]
     with pytest.raises(
-        FileNotFoundError, match="checkpoints/bert-demo does not exist.*first: do tha"
+        FileNotFoundError,
+        match=f"checkpoints/{name} does not exist.*, 'slope train {words}', or type "
+        "init_from=checkpoints/<the name of one that is done>",
     ):
-        runs.phase2()
+        runs.phase2(*overrides)
 
 
 def test_a_gpt_is_no_phase_1(runs, bert_corpus):

@@ -277,6 +277,19 @@ def test_a_length_beyond_the_positions_is_refused(place):
 
 
 @pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("precision=16-mixed", ValueError, "precision=16-mixed needs a GPU.*type precision=32"),
+        ("accelerator=cuda", RuntimeError, "accelerator=cuda, but torch .* finds no GPU; check nv"),
+    ],
+)
+def test_what_a_cpu_has_not_is_refused_before_the_data(override, error, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(error, match=message):
+        finetune(chosen("task=squad", "init_from=nowhere", "data=nowhere", override))
+
+
+@pytest.mark.parametrize(
     ("tokens", "message"),
     [
         (["[PAD]", "[UNK]", "[CLS]", "a"], r"has no token \[SEP\], so it is none of BERT's kind"),

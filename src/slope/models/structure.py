@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,6 +17,8 @@ class _Family:
     output: str
     # ends of the paths of linear layers outside the blocks that stay dense beside the head
     outside: tuple[str, ...] = ()
+    # those of them that a rule may prune
+    optional: tuple[str, ...] = ()
 
 
 _LLAMA = _Family(
@@ -40,6 +43,7 @@ _FAMILIES = {
         qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
         output="attention.output.dense",
         outside=("pooler.dense", "predictions.transform.dense", "seq_relationship"),
+        optional=("pooler.dense", "predictions.transform.dense"),
     ),
 }
 
@@ -56,6 +60,7 @@ class ModelStructure:
         outside: further linear layers outside the blocks that stay dense: the projections
             around OPT-350m's embedding, BERT's pooler, prediction transform and next-sentence
             head.
+        optional: those of them that a rule may prune: BERT's pooler and prediction transform.
     """
 
     blocks: list[str]
@@ -63,6 +68,7 @@ class ModelStructure:
     first_qkv: list[str]
     head: str | None
     outside: list[str]
+    optional: list[str]
 
 
 def structure(model: nn.Module) -> ModelStructure:
@@ -92,10 +98,13 @@ def structure(model: nn.Module) -> ModelStructure:
         attention=attention,
         first_qkv=attention[0][: len(names.qkv)],
         head=_head(model, modules),
-        outside=[
-            name for name in modules if any(f".{name}".endswith(f".{end}") for end in names.outside)
-        ],
+        outside=_ending(modules, names.outside),
+        optional=_ending(modules, names.optional),
     )
+
+
+def _ending(names: Iterable[str], ends: tuple[str, ...]) -> list[str]:
+    return [name for name in names if any(f".{name}".endswith(f".{end}") for end in ends)]
 
 
 def block_names(model: nn.Module) -> list[str]:

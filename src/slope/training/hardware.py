@@ -10,6 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+_SHORT = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -61,10 +64,19 @@ def hardware_of(cfg: DictConfig) -> Hardware:
         chosen = count
     if nodes < 1:
         raise ValueError(f"trainer.num_nodes={nodes} must be at least 1.")
-    precision = str(cfg.trainer.precision)
+    precision = _SHORT.get(str(cfg.trainer.precision), str(cfg.trainer.precision))
     if precision == "auto":
         fits = accelerator == "gpu" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16-mixed" if fits else "32-true"
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision={precision} is unknown; use auto, {', '.join(PRECISIONS)}."
+        )
+    if precision == "16-mixed" and accelerator == "cpu":  # Lightning would compute in bf16
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision} needs a GPU: on a CPU there is no fp16 "
+            "with a loss scaler; type trainer.precision=32-true, or bf16-mixed."
+        )
     return Hardware(accelerator, chosen, nodes, precision)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import slope
+from slope import configs
 from slope.linear import AdaptedLinear
 from slope.training import checkpoint as checkpoints
 from slope.training import pruner
@@ -61,9 +62,22 @@ def locate(init_from: str | Path) -> Path:
         raise FileNotFoundError(
             f"init_from={path} {what}; give a checkpoint (checkpoints/my-run, or a file in it) or "
             "a folder of save_pretrained. The second phase of a pretraining begins with the first: "
-            "do that run before."
+            f"do that run before, 'slope train {_command(path)}', or type "
+            "init_from=checkpoints/<the name of one that is done>."
         )
     return path
+
+
+def _command(path: Path) -> str:
+    """What to type for the run whose checkpoint is missing, as far as its name tells."""
+    name = path.parent.name if path.suffix == ".ckpt" else path.name
+    choices = sorted(configs.choices("experiment"), key=len, reverse=True)
+    known = {choice.replace("/", "-"): choice for choice in choices}
+    begun = next((dashed for dashed in known if f"{name}-".startswith(f"{dashed}-")), None)
+    if begun is None:
+        return f"experiment=<its configuration> name={name}"
+    own = "" if name == begun else f" name={name}"
+    return f"experiment={known[begun]}{own} pruner={'none' if 'dense' in name else 'slope'}"
 
 
 def read(init_from: str | Path) -> Weights:

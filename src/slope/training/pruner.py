@@ -75,9 +75,9 @@ def sparsity_config(cfg: Mapping[str, Any], model: nn.Module) -> SparsityConfig 
         model: a model from :func:`slope.models.build_model`, still dense; the meta device will do.
 
     Returns:
-        The library's settings. ``skip`` holds what the skip options name, ``rules`` the user's and
-        after them those of ``sparsity_increment``; that embeddings, norms, tied weights, the head
-        and block 0's QKV stay dense is the library's default.
+        The library's settings. ``skip`` holds what the skip options name, ``rules`` the user's,
+        after them those of ``sparsity_increment`` and of the model; that embeddings, norms, tied
+        weights, the head and block 0's QKV stay dense is the library's default.
 
     Raises:
         ValueError: for a value that is wrong, or a combination that has no meaning.
@@ -91,6 +91,7 @@ def sparsity_config(cfg: Mapping[str, Any], model: nn.Module) -> SparsityConfig 
     rules = (
         *_rules(cfg["rules"]),
         *increment.rules(NMPattern.parse(cfg["pattern"]), model, parts),
+        *((name, "dense") for name in parts.optional),
     )
     return _settings(cfg, skip=_skip(cfg, parts), rules=rules)
 
@@ -511,7 +512,7 @@ def _rules(rules: Sequence[Any] | None) -> tuple[tuple[str, str], ...]:
 
 def _skip(cfg: Mapping[str, Any], parts: ModelStructure) -> tuple[str, ...]:
     """Names that the skip options keep dense, in the model's order, none inside another."""
-    skip = list(parts.outside)
+    skip = [name for name in parts.outside if name not in parts.optional]
     whole = set()
     if cfg["skip_first_block"]:
         whole.add(parts.blocks[0])
