@@ -2,8 +2,9 @@
 
 A comparison is an experiment (``configs/experiment/compare/`` and others) with a section
 ``compare``: the ``methods``, each with ``about``, ``overrides`` and perhaps the ``panel`` of the
-figure that it is drawn in; the ``seeds``; the ``baseline`` that the others are measured against;
-and perhaps a ``reference``, a second method that is drawn in every panel.
+figure that it is drawn in and the scores ``published`` for it; the ``seeds``; the ``baseline`` that
+the others are measured against; perhaps a ``reference``, a second method that is drawn in every
+panel; and perhaps the tasks that every run is fine-tuned on, ``finetune`` (:mod:`.columns`).
 
 Every pair of a method and a seed is one run of the training program. What a method may change is
 how its weights are pruned, started and optimised; whatever would give it other data, another model
@@ -13,20 +14,26 @@ or another number of steps is an error.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from slope import configs
+from slope.compare import columns
+from slope.compare.columns import Column
+from slope.finetune import Settings
 
 ENDED = ("finished", "diverged")
 """States of runs that are not repeated."""
+SUMMARY = "summary.json"
+"""File of a run that is trained."""
 OUTCOME = "outcome.json"
-"""File of a run that ended without a summary: why."""
+"""File of a run that ended otherwise: why."""
 
 _MAY_DIFFER = (
     "pruner",
@@ -63,12 +70,14 @@ class Method:
         about: what it is, for the reader of the table.
         overrides: what sets it apart, as on the command line.
         panel: the part of the figure that it is drawn in; None where it has none of its own.
+        published: what a paper gives for it, column of fine-tuning to score.
     """
 
     label: str
     about: str
     overrides: tuple[str, ...]
     panel: str | None = None
+    published: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +89,14 @@ class Run:
         seed: of the data order, the initial weights and the masks.
         cfg: the resolved configuration of the training program.
         config_file: where the comparison keeps that configuration.
+        fine_tunings: what is done with its checkpoint when it is trained.
     """
 
     method: str
     seed: int
     cfg: DictConfig
     config_file: Path
+    fine_tunings: tuple[Settings, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,9 +113,25 @@ class Run:
         """Optimizer steps."""
         return int(self.cfg.trainer.max_steps)
 
+    @property
+    def trained(self) -> bool:
+        """Whether the training program has done all steps."""
+        return (self.log_dir / SUMMARY).is_file()
+
+    def summary(self) -> dict[str, Any]:
+        """What the training program says of a run that is trained."""
+        found: dict[str, Any] = json.loads((self.log_dir / SUMMARY).read_text(encoding="utf-8"))
+        return found
+
+    def left_to_tune(self) -> list[Settings]:
+        """The fine-tunings to come; none if the weights are of no use."""
+        if self.trained and not math.isfinite(float(self.summary()["val_loss"])):
+            return []
+        return [chosen for chosen in self.fine_tunings if chosen.unfinished()]
+
     def state(self) -> str:
         """``new``, ``begun``, ``finished``, ``diverged`` or ``failed``."""
-        if (self.log_dir / "summary.json").is_file():
+        if self.trained and not self.left_to_tune():
             return "finished"
         outcome = read_outcome(self.log_dir)
         if outcome is not None:
@@ -125,6 +152,7 @@ class Comparison:
         reference: label of a second method drawn in every panel, or None.
         runs: one per method and seed; all methods of a seed before the next seed, so that a
             comparison that is stopped early has whole seeds to show.
+        columns: what every run is fine-tuned on.
         progress_bar: draw one over all runs.
     """
 
@@ -135,6 +163,7 @@ class Comparison:
     baseline: str
     reference: str | None
     runs: tuple[Run, ...]
+    columns: tuple[Column, ...] = ()
     progress_bar: bool = True
 
 
@@ -162,7 +191,8 @@ def load(overrides: Sequence[str]) -> Comparison:
             )
     cfg = configs.compose(overrides)
     section = _section(cfg, overrides)
-    methods = {label: _method(label, entry) for label, entry in section["methods"].items()}
+    tuned = columns.read(section.get("finetune"))
+    methods = {label: _method(label, entry, tuned) for label, entry in section["methods"].items()}
     seeds = _seeds(section["seeds"])
     baseline = _label(section["baseline"], "baseline", methods)
     reference = section.get("reference")
@@ -178,7 +208,7 @@ def load(overrides: Sequence[str]) -> Comparison:
     composed = {label: _compose(shared, overrides, method) for label, method in methods.items()}
     directory = Path(cfg.paths.log_dir)
     runs = tuple(
-        _run(composed[label], label, seed, cfg, directory) for seed in seeds for label in methods
+        _run(composed[label], label, seed, cfg, tuned) for seed in seeds for label in methods
     )
     for run in runs:
         _check_unchanged(run, str(cfg.name))
@@ -190,6 +220,7 @@ def load(overrides: Sequence[str]) -> Comparison:
         baseline,
         reference,
         runs,
+        tuned,
         bool(cfg.trainer.enable_progress_bar),
     )
 
@@ -207,12 +238,17 @@ def select(comparison: Comparison, labels: Iterable[str] | None) -> list[Run]:
 
 
 def read_outcome(log_dir: Path) -> dict[str, Any] | None:
-    """Why a run ended without a summary: ``status``, ``message`` and, if it diverged, ``step``."""
+    """Why a run did not finish: ``status``, ``message`` and, if it diverged, ``step``."""
     path = log_dir / OUTCOME
     if not path.is_file():
         return None
     outcome: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return outcome
+
+
+def fine_tunings_file(config_file: Path) -> Path:
+    """Where the settings of a run's fine-tunings are kept, a list in JSON."""
+    return config_file.with_suffix(".finetune.json")
 
 
 def _section(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
@@ -225,7 +261,7 @@ def _section(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{what}; choose experiment={' or experiment='.join(choices())}.")
     if not isinstance(section, dict):
         raise ValueError(f"compare={section!r} must be a section with methods and seeds.")
-    _known("compare", section, ("methods", "seeds", "baseline"), ("reference",))
+    _known("compare", section, ("methods", "seeds", "baseline"), ("reference", "finetune"))
     if not isinstance(section["methods"], dict) or not section["methods"]:
         raise ValueError(
             f"compare.methods={section['methods']!r} must name at least one method, for example "
@@ -234,7 +270,7 @@ def _section(cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     return section
 
 
-def _method(label: Any, entry: Any) -> Method:
+def _method(label: Any, entry: Any, tuned: Sequence[Column]) -> Method:
     where = f"compare.methods.{label}"
     if not isinstance(label, str) or not _LABEL.fullmatch(label):
         raise ValueError(
@@ -243,16 +279,28 @@ def _method(label: Any, entry: Any) -> Method:
         )
     if not isinstance(entry, dict):
         raise ValueError(f"{where}={entry!r} must be a section {{about: text, overrides: [...]}}.")
-    _known(where, entry, ("about", "overrides"), ("panel",))
+    _known(where, entry, ("about", "overrides"), ("panel", "published"))
     overrides = entry["overrides"]
     if not isinstance(overrides, list) or not all(isinstance(text, str) for text in overrides):
         raise ValueError(
             f"{where}.overrides={overrides!r} must be a list of texts, for example "
             "[pruner=slope, pruner.add_lora=false]."
         )
-    panel = entry.get("panel")
+    panel, published = entry.get("panel"), entry.get("published") or {}
+    labels = [column.label for column in tuned]
+    if not isinstance(published, dict) or not all(
+        key in labels and isinstance(value, float | int) for key, value in published.items()
+    ):
+        raise ValueError(
+            f"{where}.published={published!r} must give numbers for columns of compare.finetune"
+            f" ({', '.join(labels) or 'there are none'})."
+        )
     return Method(
-        label, str(entry["about"]), tuple(overrides), None if panel is None else str(panel)
+        label,
+        str(entry["about"]),
+        tuple(overrides),
+        None if panel is None else str(panel),
+        {str(key): float(value) for key, value in published.items()},
     )
 
 
@@ -312,8 +360,10 @@ def _compose(shared: Mapping[str, Any], overrides: Sequence[str], method: Method
     return composed
 
 
-def _run(composed: DictConfig, label: str, seed: int, cfg: DictConfig, directory: Path) -> Run:
-    own = composed.copy()
+def _run(
+    composed: DictConfig, label: str, seed: int, cfg: DictConfig, tuned: Sequence[Column]
+) -> Run:
+    own, directory = composed.copy(), Path(cfg.paths.log_dir)
     with open_dict(own):
         own.seed = seed
         own.name = f"{cfg.name}-{label}-seed{seed}"
@@ -322,7 +372,13 @@ def _run(composed: DictConfig, label: str, seed: int, cfg: DictConfig, directory
         own.resume, own.resume_iter = True, -1
         own.trainer.enable_progress_bar = False
     OmegaConf.resolve(own)
-    return Run(label, seed, own, directory / "configs" / f"{label}-seed{seed}.yaml")
+    return Run(
+        label,
+        seed,
+        own,
+        directory / "configs" / f"{label}-seed{seed}.yaml",
+        columns.fine_tunings(tuned, own, f"{cfg.name}/{label}/seed{seed}"),
+    )
 
 
 def _check_unchanged(run: Run, name: str) -> None:

@@ -7,14 +7,14 @@ was stopped is summed up like a complete one.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from slope.compare.columns import Column, column_scores, task_scores
 from slope.compare.plan import Comparison, Method, Run, read_outcome
 
 
@@ -34,6 +34,8 @@ class RunResult:
         peak_memory_bytes: of the run's process.
         optimizer_state_bytes: of the optimizer's tensors.
         parameters_stored: trainable numbers that the model keeps, adapters among them.
+        scores: of its fine-tunings in percent, by column and by task; each is the mean over the
+            seeds of fine-tuning.
         curve: (optimizer step, validation loss) in order of step.
     """
 
@@ -48,6 +50,7 @@ class RunResult:
     peak_memory_bytes: int | None = None
     optimizer_state_bytes: int | None = None
     parameters_stored: int | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
     curve: tuple[tuple[int, float], ...] = ()
 
 
@@ -74,6 +77,7 @@ class MethodResult:
         peak_memory_bytes: median over the finished runs.
         optimizer_state_bytes: likewise.
         parameters_stored: likewise.
+        scores: of fine-tuning, mean and standard deviation over the finished runs.
     """
 
     method: Method
@@ -86,6 +90,7 @@ class MethodResult:
     peak_memory_bytes: int | None
     optimizer_state_bytes: int | None
     parameters_stored: int | None
+    scores: Mapping[str, Spread]
 
     def having(self, status: str) -> list[RunResult]:
         """The runs of one status."""
@@ -94,12 +99,17 @@ class MethodResult:
 
 def read(comparison: Comparison) -> list[MethodResult]:
     """The results so far, one per method that has a run, in the order of the comparison."""
-    runs = [read_run(run) for run in comparison.runs]
+    runs = [read_run(run, comparison.columns) for run in comparison.runs]
     return summarise(list(comparison.methods.values()), runs, comparison.baseline)
 
 
-def read_run(run: Run) -> RunResult:
-    """What one run left."""
+def read_run(run: Run, columns: Sequence[Column] = ()) -> RunResult:
+    """What one run left.
+
+    Args:
+        run: of a comparison.
+        columns: what it is fine-tuned on.
+    """
     status, outcome = run.state(), read_outcome(run.log_dir)
     curve, step_ms = read_metrics(run.log_dir / "metrics.csv")
     if status != "finished":
@@ -111,7 +121,7 @@ def read_run(run: Run) -> RunResult:
             diverged_at_step=outcome.get("step") if outcome else None,
             curve=curve,
         )
-    summary = json.loads((run.log_dir / "summary.json").read_text(encoding="utf-8"))
+    summary, by_task = run.summary(), task_scores(run.fine_tunings)
     loss = float(summary["val_loss"])
     if not math.isfinite(loss):
         message = f"validation loss is {loss}"
@@ -126,6 +136,7 @@ def read_run(run: Run) -> RunResult:
         peak_memory_bytes=summary["peak_memory_bytes"],
         optimizer_state_bytes=summary["optimizer_state_bytes"],
         parameters_stored=summary["parameters_stored"],
+        scores=column_scores(columns, by_task) | by_task,
         curve=curve,
     )
 
@@ -185,9 +196,19 @@ def summarise(
                 peak_memory_bytes=_middle([run.peak_memory_bytes for run in own]),
                 optimizer_state_bytes=_middle([run.optimizer_state_bytes for run in own]),
                 parameters_stored=_middle([run.parameters_stored for run in own]),
+                scores=_scores(own),
             )
         )
     return results
+
+
+def _scores(runs: Sequence[RunResult]) -> dict[str, Spread]:
+    found = {}
+    for name in dict.fromkeys(name for run in runs for name in run.scores):
+        spread = _spread([run.scores.get(name) for run in runs])
+        if spread is not None:
+            found[name] = spread
+    return found
 
 
 def _spread(values: Sequence[float | None]) -> Spread | None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from slope.compare.plan import ENDED, Run, read_outcome
+from slope.compare.columns import task_scores
+from slope.compare.plan import ENDED, Run, fine_tunings_file, read_outcome
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +56,7 @@ def check(runs: Sequence[Run]) -> dict[str, Any]:
     first: dict[str, Run] = {}
     for run in runs:
         first.setdefault(run.method, run)
-        run.config_file.parent.mkdir(parents=True, exist_ok=True)
-        run.config_file.write_text(OmegaConf.to_yaml(run.cfg), encoding="utf-8")
+        _write_settings(run)
     process = subprocess.Popen(
         _command("check", *(run.config_file for run in first.values())),
         stdin=subprocess.PIPE,
@@ -106,7 +107,7 @@ class Runner:
         self._interrupted: list[Run] = []
         self._signals = 0
         # Optimizer steps of the runs that have not ended: what the time left is reckoned from.
-        self._left = {run: run.steps - last_step(run.log_dir) for run in self._waiting}
+        self._left = {run: _steps_left(run) for run in self._waiting}
         self._to_do = sum(self._left.values())
         self._began = time.monotonic()
         self._bar = Progress(
@@ -178,6 +179,10 @@ class Runner:
         if run.state() not in ENDED and self._signals:
             self._interrupted.append(run)
             return
+        if code == 0 and run.trained and run.state() == "begun":
+            # Fine-tuning is a process of its own, so that it begins as after a stop.
+            self._waiting.appendleft(run)
+            return
         self._left.pop(run)
         self._refresh()
         who = f"{self._count - len(self._left)}/{self._count} {run.name}"
@@ -191,7 +196,7 @@ class Runner:
 
     def _refresh(self) -> None:
         for run in self._active:
-            self._left[run] = run.steps - last_step(run.log_dir)
+            self._left[run] = _steps_left(run)
         self._bar.update(
             self._task,
             completed=self._to_do - sum(self._left.values()),
@@ -221,15 +226,26 @@ def last_step(log_dir: Path) -> int:
     return int(step) if step.isdigit() else 0
 
 
-def _start(run: Run, threads: int) -> subprocess.Popen[bytes]:
-    run.log_dir.mkdir(parents=True, exist_ok=True)
+def _steps_left(run: Run) -> int:
+    """Optimizer steps to come; each fine-tuning counts as a training."""
+    return run.steps * (1 + len(run.left_to_tune())) - last_step(run.log_dir)
+
+
+def _write_settings(run: Run) -> None:
     run.config_file.parent.mkdir(parents=True, exist_ok=True)
     run.config_file.write_text(OmegaConf.to_yaml(run.cfg), encoding="utf-8")
+    tunings = json.dumps([asdict(chosen) for chosen in run.fine_tunings], indent=1)
+    fine_tunings_file(run.config_file).write_text(tunings + "\n", encoding="utf-8")
+
+
+def _start(run: Run, threads: int) -> subprocess.Popen[bytes]:
+    run.log_dir.mkdir(parents=True, exist_ok=True)
+    _write_settings(run)
     one = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with open(run.log_dir / OUTPUT, "ab") as output:
         # A session of its own: Ctrl-C in the terminal reaches the parent alone, which passes it on.
         return subprocess.Popen(
-            _command("run", run.config_file),
+            _command("finetune" if run.trained else "run", run.config_file),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -253,8 +269,10 @@ def _result(run: Run) -> str:
     outcome = read_outcome(run.log_dir)
     if outcome is not None:
         return f"diverged at step {outcome['step']}"
-    summary = json.loads((run.log_dir / "summary.json").read_text(encoding="utf-8"))
-    return f"val loss {summary['val_loss']:.4f} ({summary['wall_seconds']:.0f} s)"
+    summary = run.summary()
+    text = f"val loss {summary['val_loss']:.4f} ({summary['wall_seconds']:.0f} s)"
+    scores = task_scores(run.fine_tunings)
+    return ", ".join([text, *(f"{task} {score:.2f}" for task, score in scores.items())])
 
 
 def _how_ended(code: int) -> str:

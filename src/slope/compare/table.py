@@ -18,7 +18,9 @@ from slope.compare.results import MethodResult, RunResult, Spread
 
 RUNS, METHODS, MARKDOWN = "comparison.csv", "methods.csv", "comparison.md"
 
-_RUN_COLUMNS = tuple(field.name for field in fields(RunResult) if field.name != "curve")
+_RUN_COLUMNS = tuple(
+    field.name for field in fields(RunResult) if field.name not in ("scores", "curve")
+)
 _METHOD_COLUMNS = (
     "method",
     "about",
@@ -60,14 +62,28 @@ def replace(path: Path, text: str) -> None:
 
 def runs_csv(results: Sequence[MethodResult]) -> str:
     """One row per run; the curve is in the run's own ``metrics.csv``."""
-    runs = [run for result in results for run in result.runs]
-    rows = ([getattr(run, name) for name in _RUN_COLUMNS] for run in runs)
-    return _csv(_RUN_COLUMNS, rows)
+    runs, scores = [run for result in results for run in result.runs], _scores(results)
+    rows = (
+        [*(getattr(run, name) for name in _RUN_COLUMNS), *map(run.scores.get, scores)]
+        for run in runs
+    )
+    return _csv((*_RUN_COLUMNS, *scores), rows)
 
 
 def methods_csv(results: Sequence[MethodResult]) -> str:
     """One row per method."""
-    return _csv(_METHOD_COLUMNS, (_method_row(result) for result in results))
+    scores = _scores(results)
+    names = (f"{name}_{what}" for name in scores for what in ("mean", "std"))
+    rows = (
+        [*_method_row(r), *(x for name in scores for x in r.scores.get(name, (None, None)))]
+        for r in results
+    )
+    return _csv((*_METHOD_COLUMNS, *names), rows)
+
+
+def _scores(results: Iterable[MethodResult]) -> list[str]:
+    """Columns and tasks that were fine-tuned, in the order of the comparison."""
+    return list(dict.fromkeys(name for result in results for name in result.scores))
 
 
 def _method_row(result: MethodResult) -> list[Any]:
@@ -108,9 +124,12 @@ def document(comparison: Comparison, results: Sequence[MethodResult]) -> dict[st
         "methods": [
             {
                 **dict(zip(_METHOD_COLUMNS, _method_row(result), strict=True)),
+                "scores": {k: dict(v._asdict()) for k, v in result.scores.items()},
+                "published": dict(result.method.published),
                 "runs": [
                     {
                         **{name: getattr(run, name) for name in _RUN_COLUMNS if name != "method"},
+                        "scores": dict(run.scores),
                         "log_dir": folders[run.method, run.seed],
                     }
                     for run in result.runs
@@ -155,11 +174,51 @@ def markdown(comparison: Comparison, results: Sequence[MethodResult]) -> str:
         "out, with as many runs at once as env.json says. Peak memory: of the whole process, "
         "Python and torch included. Parameters stored: adapters included.",
     ]
+    if comparison.columns:
+        lines += ["", "## Fine-tuned", "", *_fine_tuned(comparison, results)]
     failed = [run for result in results for run in result.having("failed")]
     if failed:
         lines += ["", "Failed, and left out above:", ""]
         lines += [f"- {run.method} seed {run.seed}: {run.message}" for run in failed]
     return "\n".join(lines) + "\n"
+
+
+def _fine_tuned(comparison: Comparison, results: Sequence[MethodResult]) -> list[str]:
+    """The table of scores, as papers print it: a column each, with what was published beside it."""
+    columns = comparison.columns
+    tasks = [task for column in columns if len(column.tasks) > 1 for task in column.tasks]
+    published = [c.label for c in columns if any(c.label in r.method.published for r in results)]
+    head, rows = ["method", "what it is"], [[r.method.label, r.method.about] for r in results]
+    for name in [*(column.label for column in columns), *tasks]:
+        head.append(name)
+        for row, result in zip(rows, results, strict=True):
+            row.append(_plus_minus(result.scores.get(name), ".2f"))
+        if name in published:
+            head.append(f"{name}, published")
+            for row, result in zip(rows, results, strict=True):
+                row.append(_number(result.method.published.get(name)))
+    means = "; ".join(
+        f"{column.label} is the score of {column.tasks[0]}"
+        if len(column.tasks) == 1
+        else f"{column.label} is the mean over {len(column.tasks)} tasks"
+        for column in columns
+    )
+    seeds = {chosen.task: chosen.seeds for chosen in comparison.runs[0].fine_tunings}
+    how_many = "; ".join(f"{task} {', '.join(map(str, own))}" for task, own in seeds.items())
+    return [
+        _markdown_line(head),
+        _markdown_line(["---", "---", *["---:"] * (len(head) - 2)]),
+        *map(_markdown_line, rows),
+        "",
+        f"Percent, by `slope finetune` from the checkpoint of each run, zeros kept. {means}. A "
+        "score is the mean over the seeds of fine-tuning, which decide the head, the order of the "
+        f"examples and dropout ({how_many}); ± is the standard deviation over the seeds of the "
+        "comparison. Each run's folder has the tables of its tasks.",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
 
 
 def _what_a_run_is(comparison: Comparison) -> str:
@@ -230,6 +289,9 @@ def console_table(comparison: Comparison, results: Sequence[MethodResult]) -> Ta
     table.add_column("method", no_wrap=True)
     for head in ("val loss", f"over {comparison.baseline}", "perplexity", "step ms"):
         table.add_column(head, justify="right", no_wrap=True)
+    columns = [column.label for column in comparison.columns]
+    for head in columns:
+        table.add_column(head, justify="right", no_wrap=True)
     table.add_column("runs", min_width=4)
     infinite = float("inf")
     for result in sorted(results, key=lambda r: r.val_loss.mean if r.val_loss else infinite):
@@ -239,7 +301,8 @@ def console_table(comparison: Comparison, results: Sequence[MethodResult]) -> Ta
         if result.having("diverged"):
             steps = ", ".join(str(run.diverged_at_step) for run in result.having("diverged"))
             runs += f", diverged at step {steps}"
-        table.add_row(result.method.label, loss, difference, perplexity, step_ms, runs)
+        scores = [_plus_minus(result.scores.get(name), ".2f") for name in columns]
+        table.add_row(result.method.label, loss, difference, perplexity, step_ms, *scores, runs)
     return table
 
 

@@ -1,30 +1,35 @@
-"""One process of a comparison: a run of the training program, or the check before the first run.
+"""One process of a comparison: a run, its fine-tunings, or the check before the first run.
 
     python -m slope.compare.worker run CONFIG.yaml
+    python -m slope.compare.worker finetune CONFIG.yaml
     python -m slope.compare.worker check CONFIG.yaml ...
 
-The parent holds the other end of standard input: when that closes, the parent has died, and the run
-saves and ends as if it had been told to. Exit codes: 0 the run has its summary or has diverged,
-1 it failed, 130 it was stopped and goes on from its checkpoint next time.
+What is to be fine-tuned lies beside the configuration (:func:`.plan.fine_tunings_file`). The parent
+holds the other end of standard input: when that closes, the parent has died, and the run saves and
+ends as if it had been told to; fine-tuning has saved the seeds that it finished. Exit codes: 0 all
+was done or the run has diverged, 1 it failed, 130 it was stopped and goes on from its checkpoint
+next time.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
-from slope.compare.plan import OUTCOME
+from slope.compare.plan import OUTCOME, fine_tunings_file
+from slope.finetune import Settings
 
 STOPPED = 130
 _EXPECTED = (ValueError, RuntimeError, OSError)  # their text says what to do
@@ -36,7 +41,9 @@ def main(arguments: Sequence[str]) -> int:
     """Do what the module's text says; the exit code."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job, *files = arguments
-    return _check(files) if job == "check" else _run(Path(files[0]))
+    if job == "check":
+        return _check(files)
+    return _do(Path(files[0]), _train if job == "run" else _finetune)
 
 
 def _end_with_parent() -> None:
@@ -45,19 +52,19 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run(file: Path) -> int:
+def _do(file: Path, job: Callable[[Path, DictConfig], int]) -> int:
     import torch
 
-    from slope.training import run
     from slope.training.loop import DivergedError
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cfg = OmegaConf.load(file)
+    assert isinstance(cfg, DictConfig)
     log_dir = Path(cfg.paths.log_dir)
     with FileLock(log_dir / _LOCK, timeout=_PATIENCE):
         (log_dir / OUTCOME).unlink(missing_ok=True)
         try:
-            summary = run(cfg)
+            return job(file, cfg)
         except DivergedError as error:
             _write_outcome(log_dir, status="diverged", message=str(error), step=error.step)
             return 0
@@ -65,11 +72,31 @@ def _run(file: Path) -> int:
             traceback.print_exc()
             _write_outcome(log_dir, status="failed", message=_line(error))
             return 1
-    return STOPPED if summary.get("interrupted") else 0
+
+
+def _train(file: Path, cfg: DictConfig) -> int:
+    from slope.training import run
+
+    return STOPPED if run(cfg).get("interrupted") else 0
+
+
+def _finetune(file: Path, cfg: DictConfig) -> int:
+    from slope.finetune import finetune
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    for chosen in _fine_tunings(file):
+        finetune(chosen)
+    return 0
+
+
+def _fine_tunings(config_file: Path) -> list[Settings]:
+    text = fine_tunings_file(config_file).read_text(encoding="utf-8")
+    return [Settings(**entry) for entry in json.loads(text)]
 
 
 def _check(files: Sequence[str]) -> int:
     """Find what is wrong with any method, tokenize, and print JSON: an error or the machine."""
+    from slope import finetune
     from slope.data import prepare
     from slope.training.program import check
 
@@ -83,6 +110,14 @@ def _check(files: Sequence[str]) -> int:
             except ValueError as error:
                 label = Path(file).stem.rpartition("-seed")[0]
                 raise ValueError(f"method {label!r}: {error}") from error
+        for chosen in _fine_tunings(Path(files[0])):  # all methods have the same
+            try:
+                finetune.check(chosen)
+            except _EXPECTED as error:
+                raise ValueError(
+                    f"fine-tuning on {chosen.task}: {error} Its data and settings are in "
+                    "compare.finetune; ~compare.finetune leaves fine-tuning out."
+                ) from error
         # The first of the runs would count the tokenizer's memory as its own.
         prepare(OmegaConf.load(files[0]).datamodule)
     except Exception as error:

@@ -16,6 +16,8 @@ TASKS = (
 )
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "cuda")
+RESULT = "result.json"
+"""File that a finished seed leaves in its folder."""
 _RECIPES = Path(__file__).with_name("tasks.yaml")
 # least value, and whether it is allowed
 _RANGES: dict[str, tuple[float, bool]] = {
@@ -96,6 +98,10 @@ class Settings:
     def directory(self) -> Path:
         """The run's folder."""
         return Path(self.root) / "logs" / (self.name or f"finetune-{self.task.replace('/', '-')}")
+
+    def unfinished(self) -> list[int]:
+        """The seeds that have no result yet."""
+        return [s for s in self.seeds if not (self.directory / f"seed{s}" / RESULT).is_file()]
 
 
 def settings(overrides: Sequence[str]) -> Settings:

@@ -20,14 +20,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slope.finetune.config import Settings
+from slope.finetune.config import RESULT, Settings
 
 if TYPE_CHECKING:
     from slope.finetune.features import WordPieces
+    from slope.finetune.glue import GlueTask
+    from slope.finetune.squad import SquadTask
 
 log = logging.getLogger(__name__)
 
-_SETTINGS, _RESULT, _MODEL = "settings.json", "result.json", "model"
+_SETTINGS, _MODEL = "settings.json", "model"
 _MAY_DIFFER = ("seeds", "progress_bar", "accelerator", "batch_size_eval", "root", "name")
 
 
@@ -41,18 +43,18 @@ def finetune(settings: Settings) -> dict[str, Any]:
         ValueError: if data, tokenizer and checkpoint do not fit, or the folder is of other
             settings.
         FileNotFoundError: if a file is missing.
-        RuntimeError: if the hub cannot be reached, or the loss diverges.
+        RuntimeError: if the hub cannot be reached, there is no GPU and one is asked for, or the
+            loss diverges.
     """
     folder = settings.directory
     _check_folder(folder, settings)
-    todo = [seed for seed in settings.seeds if not (folder / f"seed{seed}" / _RESULT).is_file()]
+    todo = settings.unfinished()
     if todo:
         _run(settings, folder, todo)
-    found = (path.read_text(encoding="utf-8") for path in folder.glob(f"seed*[0-9]/{_RESULT}"))
-    results = sorted(map(json.loads, found), key=lambda result: result["seed"])
-    summary = _summary(settings, results)
+    found = results(settings)
+    summary = _summary(settings, found)
     texts = {
-        "results.csv": _csv(results),
+        "results.csv": _csv(found),
         "results.md": markdown(summary),
         "summary.json": json.dumps(summary, indent=1) + "\n",
     }
@@ -61,19 +63,36 @@ def finetune(settings: Settings) -> dict[str, Any]:
     return summary
 
 
+def results(settings: Settings) -> list[dict[str, Any]]:
+    """What each finished seed of the folder gave, in order of seed; metrics are in percent."""
+    paths = settings.directory.glob(f"seed*[0-9]/{RESULT}")
+    found = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    return sorted(found, key=lambda result: result["seed"])
+
+
+def check(settings: Settings) -> None:
+    """Find what is wrong before there is a checkpoint: folder, device and the task's files.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: as :func:`finetune` does.
+    """
+    _check_folder(settings.directory, settings)
+    _check_device(settings)
+    _task(settings)
+
+
 def _run(settings: Settings, folder: Path, seeds: Sequence[int]) -> None:
     from lightning_fabric import Fabric
 
     import slope
     from slope.finetune import loop
     from slope.finetune.features import load_word_pieces
-    from slope.finetune.glue import GlueTask
     from slope.finetune.model import load_encoder, with_head
-    from slope.finetune.squad import SquadTask
     from slope.training import initial, rng
 
+    _check_device(settings)
     initial.locate(settings.init_from)
-    task = SquadTask(settings) if settings.task == "squad" else GlueTask(settings)
+    task = _task(settings)
     pieces = load_word_pieces(settings.tokenizer, settings.init_from)
     encoder = load_encoder(settings, pieces)
     train, evaluations = task.features(pieces)
@@ -108,10 +127,17 @@ def _run(settings: Settings, folder: Path, seeds: Sequence[int]) -> None:
         rows = "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, start=1))
         files = task.predictions(outputs) | {
             "losses.csv": f"step,loss\n{rows}",
-            _RESULT: json.dumps(result, indent=1) + "\n",
+            RESULT: json.dumps(result, indent=1) + "\n",
         }
         _save(folder / f"seed{seed}", files, model.cpu() if settings.save else None, pieces)
         log.info("seed %d: %s", seed, ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+
+
+def _task(settings: Settings) -> GlueTask | SquadTask:
+    from slope.finetune.glue import GlueTask
+    from slope.finetune.squad import SquadTask
+
+    return SquadTask(settings) if settings.task == "squad" else GlueTask(settings)
 
 
 def _save(folder: Path, files: Mapping[str, str], model: Any, pieces: WordPieces) -> None:
@@ -137,6 +163,22 @@ def _save_model(model: Any, folder: Path, pieces: WordPieces) -> None:
         slope.densify(model, fold_adapters=True)
     model.save_pretrained(folder)
     pieces.backend.save(str(folder / "tokenizer.json"))
+
+
+def _check_device(settings: Settings) -> None:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if settings.accelerator == "cuda" and not gpu:
+        raise RuntimeError(
+            f"accelerator=cuda, but torch {torch.__version__} finds no GPU; check nvidia-smi and "
+            "the torch build, or type accelerator=cpu."
+        )
+    if settings.precision == "16-mixed" and (settings.accelerator == "cpu" or not gpu):
+        raise ValueError(
+            "precision=16-mixed needs a GPU: on a CPU there is no fp16 with a loss scaler; type "
+            "precision=32-true, or bf16-mixed."
+        )
 
 
 def _check_folder(folder: Path, settings: Settings) -> None:
