@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,35 @@ def test_wanda_prunes_a_dense_bert_by_its_inputs(runs):
     assert any(
         not torch.equal(wanda[name], magnitude[name]) for name in wanda if name.endswith("metadata")
     )
+
+
+def test_what_may_not_be_meant_of_a_phase_1_is_said(runs, finished):
+    start = f"init_from={finished.checkpoints('bert-demo')}"
+    runs.phase2("name=dense", "pruner=none", start, "trainer.max_steps=1")
+    said = (runs.root / "logs/dense/run.log").read_text()
+    assert "bert-demo/last.ckpt is sparse (" in said
+    assert "its zeros become weights. Type pruner=slope to keep them, unless that is m" in said
+    assert "was not finished" not in said
+    first = sorted(finished.checkpoints("bert-demo").glob("step_*.ckpt"))[0]
+    runs.phase2("name=early", f"init_from={first}", "trainer.max_steps=1")
+    said = (runs.root / "logs/early/run.log").read_text()
+    assert f"the run of {first} was not finished; unless that is meant, finish it first" in said
+    assert "its zeros" not in said
+
+
+def test_a_tokenizer_that_cannot_serve_is_found_before_the_corpus_is_read(
+    runs, finished, monkeypatch
+):
+    monkeypatch.setattr("slope.data.prepare", None)
+    start = f"init_from={finished.checkpoints('bert-demo')}"
+    with pytest.raises(ValueError, match=r"the tokenizer has no token \[PAD\]"):
+        runs.phase2("name=wrong", start, "datamodule.tokenizer=gpt2")
+    weights = initial.Weights(Path("one.ckpt"), {"slope": {"signature": {"vocabulary": 2048}}})
+    initial.check_entries(weights, 2048)
+    with pytest.raises(
+        ValueError, match="one.ckpt was trained with 2,048 tokens, and .* has at most 1,024; type"
+    ):
+        initial.check_entries(weights, 1024)
 
 
 @pytest.mark.parametrize("number", [1, 7, 15])

@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from slope import cli
 from slope.compare import plan, runner
+from slope.training import checkpoint
 
 EXACT = ("step", "train/loss", "val/loss", "grad_norm")
 # The command line of a child process; it does not check first, which takes seconds.
@@ -88,6 +89,18 @@ def test_comparison_with_a_diverging_and_a_failing_method(smoke, tmp_path, capsy
     # Nothing to do: tables only, in this process.
     monkeypatch.setattr(runner, "check", None)
     assert cli.main(["compare", *words, "--only", "dense"]) == 0
+
+
+def test_a_run_may_take_several_devices(smoke, tmp_path, unchecked):
+    words = [
+        *smoke, f"paths.root={tmp_path}", "compare.seeds=[0]", "trainer.devices=2",
+        "trainer.max_steps=4", "trainer.val_check_interval=4", "--only", "dense,slope",
+    ]  # fmt: skip
+    assert cli.main(["compare", *words]) == 0
+    rows = table_of(tmp_path / "logs/compare-smoke")
+    assert [rows[method]["status"] for method in ("dense", "slope")] == ["finished"] * 2
+    last = tmp_path / "checkpoints/compare-smoke/slope/seed0/last.ckpt"
+    assert len(checkpoint.load(last)["slope"]["rng"]) == 2  # of each process
 
 
 def start(words):
@@ -166,12 +179,26 @@ def test_wrong_setting_of_one_method_is_found_before_any_run(smoke, tmp_path, ca
     assert not list(tmp_path.glob("logs/*/*/seed*/config.yaml"))
 
 
+def test_every_missing_start_is_named_with_its_methods(tmp_path, capsys):
+    words = ["experiment=bert/table_mixed_small", "~compare.finetune"]
+    assert cli.main(["compare", *words, f"paths.root={tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    assert "method 'dense' and '24-24' and '24-28' and '28-24': init_from=" in said
+    assert "'slope train experiment=bert/demo name=bert-demo-dense pruner=none'" in said
+    assert "method 'wanda-24-24' and 'wanda-24-28' and 'wanda-28-24': init_from=" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["experiment=compare/smok"], 2, "did you mean experiment=compare/smoke?"),
         (["experiment=compare/smoke", "--only", "dens"], 2, "did you mean 'dense'?"),
         (["experiment=compare/smoke", "--jobs", "0"], 2, "--jobs 0 must be at least 1."),
+        (
+            ["experiment=compare/smoke", "--jobs", "2", "trainer.devices=2"],
+            2,
+            "--jobs 2 with trainer.devices=2: runs at once have one device each; type trainer.dev",
+        ),
         ([], 2, "nothing to compare; choose experiment=bert/"),
     ],
 )

@@ -113,7 +113,7 @@ def test_select_keeps_the_order_of_the_comparison(tmp_path):
         ),
         ([], r"nothing to compare; choose experiment=bert/table_mixed or experiment="),
         ([SMOKE, "seed=3"], r"seed=3 has no meaning .* type 'compare.seeds=\[3\]'"),
-        ([SMOKE, "trainer.devices=2"], r"trainer.devices=2 .*one process on one device.*--jobs N"),
+        ([SMOKE, "trainer.num_nodes=2"], r"trainer.num_nodes=2: .* one machine; .*--jobs N"),
         ([SMOKE, "trainer.max_step=2"], r"did you mean 'trainer.max_steps'"),
         ([SMOKE, "compare.seeds=[]"], r"compare.seeds=\[\] must be a list of different whole"),
         ([SMOKE, "compare.seeds=[1,1]"], r"compare.seeds=\[1, 1\] must be"),

@@ -138,12 +138,14 @@ def test_json_has_the_numbers_of_the_tables_and_stands_alone_on_stdout(filled, c
     methods = found["methods"]
     with open(filled.directory / table.METHODS, newline="") as file:
         for method, row in zip(methods, csv.DictReader(file), strict=True):
+            assert method.pop("scores") == method.pop("published") == {}  # nothing was fine-tuned
             shown = {k: "" if v is None else str(v) for k, v in method.items() if k != "runs"}
             assert shown == row
     with open(filled.directory / table.RUNS, newline="") as file:
         runs = [{"method": m["method"], **run} for m in methods for run in m["runs"]]
         for run, row in zip(runs, csv.DictReader(file), strict=True):
             assert Path(run.pop("log_dir")).is_dir()
+            assert run.pop("scores") == {}
             assert {k: "" if v is None else str(v) for k, v in run.items()} == row
     assert methods[0]["val_loss_mean"] == pytest.approx((5.0 + 5.1 + 5.3) / 3)
     assert methods[1]["runs"][2]["message"] == "the disk is full"

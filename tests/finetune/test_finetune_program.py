@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -271,6 +272,39 @@ def test_a_start_that_is_not_there_is_named_before_its_tokenizer(place, tmp_path
         finetune(chosen(*SST2, *common(place), f"init_from={start}", "name=nothing"))
 
 
+@pytest.mark.parametrize("seeds", ["[0]", "[0,1]"])
+def test_seeds_of_another_checkpoint_are_not_mixed(place, tmp_path, seeds):
+    shutil.copytree(place / "sparse", tmp_path / "mine")
+    words = (
+        "task=glue/sst2", "epochs=0.1", "batch_size=8", f"data={place / 'SST-2'}",
+        f"root={tmp_path}", f"init_from={tmp_path / 'mine'}",
+    )  # fmt: skip
+    first = finetune(chosen(*words, "seeds=[0]"))
+    shutil.rmtree(tmp_path / "mine")
+    tiny_model().save_pretrained(tmp_path / "mine")
+    write_vocabulary(tmp_path / "mine")
+    with pytest.raises(ValueError, match="has seeds of another init_from: what init_from=.*/mine"):
+        finetune(chosen(*words, f"seeds={seeds}"))
+    shutil.rmtree(tmp_path / "mine")
+    again = finetune(chosen(*words, "seeds=[0]"))  # what was done can be read for ever
+    assert again["metrics"] == first["metrics"]
+
+
+def test_seeds_of_other_data_are_not_mixed(place, tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_sst2(tmp_path / "set", train=16, dev=8)
+    words = (
+        "task=glue/sst2", "epochs=1", "batch_size=8", f"data={tmp_path / 'set'}",
+        f"root={tmp_path}", f"init_from={place / 'sparse'}",
+    )  # fmt: skip
+    finetune(chosen(*words, "seeds=[0]"))
+    shutil.rmtree(tmp_path / "set")
+    write_sst2(tmp_path / "set", train=24, dev=8)
+    with pytest.raises(ValueError, match="has seeds of another data: what data=.*type name=<anot"):
+        finetune(chosen(*words, "seeds=[0,1]"))
+    assert "done before: seed 0." in caplog.text
+
+
 def test_a_length_beyond_the_positions_is_refused(place):
     with pytest.raises(ValueError, match=r"max_length=65 is longer than the checkpoint's 64 pos"):
         encoder_of(place, place / "sparse", "max_length=65")
@@ -343,7 +377,26 @@ def test_the_published_numbers_are_the_defaults():
         (["task=glue/sst", "init_from=x"], "did you mean task=glue/sst2"),
         (["task=squad", "init_from=x", "learning_rate=1"], "unknown key; did you mean"),
         (["task=squad", "init_from=x", "dense"], "'dense' is not of the form key=value"),
-        (["task=squad", "init_from=x", "lr=fast"], "'fast' .*could not be converted to Float"),
+        (
+            ["task=squad", "init_from=x", "lr=fast"],
+            "lr=fast must be a number, for example lr=3e",
+        ),
+        (["task=squad", "init_from=x", "lr="], "lr= must be a number, for example"),
+        (
+            ["task=squad", "init_from=x", "seeds=3"],
+            r"seeds=3 must be a list of whole numbers, for example seeds=\[0,1,2\]",
+        ),
+        (
+            ["task=squad", "init_from=x", "seeds=[a]"],
+            r"seeds=\[a\] must be a list of whole",
+        ),
+        (["task=squad", "init_from=x", "dense=maybe"], "dense=maybe must be True or False, for"),
+        (["task=squad", "init_from=x", "batch_size=1.5"], "batch_size=1.5 must be a whole number"),
+        (
+            ["task=squad", "init_from=x", "name=../away"],
+            "name='../away' must be a folder insid",
+        ),
+        (["task=squad", "init_from=x", "name=/away"], "name='/away' must be a folder inside logs"),
         (["task=squad", "init_from=x", "lr=0"], "lr=0.0 must be above 0"),
         (["task=squad", "init_from=x", "batch_size=0"], "batch_size=0 must be at least 1"),
         (["task=squad", "init_from=x", "warmup_ratio=2"], "must be at most 1"),

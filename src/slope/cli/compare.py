@@ -20,6 +20,7 @@ examples:
   slope compare experiment=compare/small --only dense,slope --jobs 2
   slope compare experiment=compare/small name=longer trainer.max_steps=6400 'compare.seeds=[0,1]'
   slope compare experiment=compare/smoke --json > smoke.json
+  slope compare experiment=bert/table_ranks trainer.devices=8 compare.finetune.SQuAD.data=squad
 """
 
 
@@ -58,9 +59,8 @@ def run(arguments: list[str]) -> int:
             print("\n".join(f"experiment={name}" for name in names))
         return 0
     try:
-        if options.jobs is not None and options.jobs < 1:
-            raise ValueError(f"--jobs {options.jobs} must be at least 1.")
         comparison = plan.load(options.overrides)
+        comparison.check_jobs(options.jobs)
         runs = plan.select(comparison, options.only and options.only.split(","))
     except ValueError as error:
         return common.usage_error(error, options.traceback)

@@ -136,7 +136,7 @@ def _draw_losses(axis: Axes, comparison: Comparison, results: Sequence[MethodRes
     ranked = sorted(results, key=_mean)
     axis.set_title("final validation loss: mean ± std, dots are seeds", fontsize=10)
     axis.set_yticks(range(len(ranked)), [r.method.label for r in ranked], fontsize=8)
-    axis.set_ylim(len(ranked) - 0.5, -0.5)
+    axis.set_ylim(max(1, len(ranked)) - 0.5, -0.5)
     axis.set_xlabel("nats per token")
     axis.grid(True, axis="x", color="#dddddd", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)

@@ -42,6 +42,7 @@ _MAY_DIFFER = (
     "init_from",
     "callbacks.diagnostics",
 )
+_STEPS = "trainer.max_steps"
 # What a finished run may have been done with differently, its numbers being the same.
 _UNREAD = (
     "paths",
@@ -125,9 +126,10 @@ class Run:
 
     def left_to_tune(self) -> list[Settings]:
         """The fine-tunings to come; none if the weights are of no use."""
-        if self.trained and not math.isfinite(float(self.summary()["val_loss"])):
+        left = [chosen for chosen in self.fine_tunings if chosen.unfinished()]
+        if left and self.trained and not math.isfinite(float(self.summary()["val_loss"])):
             return []
-        return [chosen for chosen in self.fine_tunings if chosen.unfinished()]
+        return left
 
     def state(self) -> str:
         """``new``, ``begun``, ``finished``, ``diverged`` or ``failed``."""
@@ -154,6 +156,7 @@ class Comparison:
             comparison that is stopped early has whole seeds to show.
         columns: what every run is fine-tuned on.
         progress_bar: draw one over all runs.
+        devices: ``trainer.devices`` of a run.
     """
 
     name: str
@@ -165,6 +168,21 @@ class Comparison:
     runs: tuple[Run, ...]
     columns: tuple[Column, ...] = ()
     progress_bar: bool = True
+    devices: Any = 1
+
+    def check_jobs(self, jobs: int | None) -> None:
+        """See whether so many runs can be done at once.
+
+        Raises:
+            ValueError: if they cannot.
+        """
+        if jobs is not None and jobs < 1:
+            raise ValueError(f"--jobs {jobs} must be at least 1.")
+        if self.devices != 1 and jobs not in (None, 1):
+            raise ValueError(
+                f"--jobs {jobs} with trainer.devices={self.devices}: runs at once have one device "
+                "each; type trainer.devices=1, or --jobs 1."
+            )
 
 
 def choices() -> list[str]:
@@ -198,11 +216,11 @@ def load(overrides: Sequence[str]) -> Comparison:
     reference = section.get("reference")
     if reference is not None:
         reference = _label(reference, "reference", methods)
-    if str(cfg.trainer.devices) != "1" or int(cfg.trainer.num_nodes) != 1:
+    if int(cfg.trainer.num_nodes) != 1:
         raise ValueError(
-            f"trainer.devices={cfg.trainer.devices} trainer.num_nodes={cfg.trainer.num_nodes}: a "
-            "run of a comparison is one process on one device; type trainer.devices=1 "
-            "trainer.num_nodes=1, and --jobs N for several runs at once."
+            f"trainer.num_nodes={cfg.trainer.num_nodes}: a comparison runs on one machine; type "
+            "trainer.num_nodes=1, trainer.devices for the GPUs of a run, and --jobs N for several "
+            "runs of one device at once."
         )
     shared = flat(cfg)
     composed = {label: _compose(shared, overrides, method) for label, method in methods.items()}
@@ -222,6 +240,7 @@ def load(overrides: Sequence[str]) -> Comparison:
         runs,
         tuned,
         bool(cfg.trainer.enable_progress_bar),
+        cfg.trainer.devices,
     )
 
 
@@ -247,7 +266,7 @@ def read_outcome(log_dir: Path) -> dict[str, Any] | None:
 
 
 def fine_tunings_file(config_file: Path) -> Path:
-    """Where the settings of a run's fine-tunings are kept, a list in JSON."""
+    """Where the settings of a run's fine-tunings are kept, a list in JSON, if it has any."""
     return config_file.with_suffix(".finetune.json")
 
 
@@ -348,12 +367,15 @@ def _compose(shared: Mapping[str, Any], overrides: Sequence[str], method: Method
         raise ValueError(f"method {method.label!r}: {error}") from error
     own = flat(composed)
     for key in sorted({*shared, *own}):
-        if shared.get(key) != own.get(key) and not _within(key, _MAY_DIFFER):
+        theirs, mine = shared.get(key), own.get(key)
+        # Fewer steps take nothing from the others: what prunes once needs one.
+        fewer = key == _STEPS and isinstance(mine, int) and 0 < mine < int(theirs or 0)
+        if theirs != mine and not fewer and not _within(key, _MAY_DIFFER):
             raise ValueError(
-                f"method {method.label!r} changes {key} from {shared.get(key)!r} to "
-                f"{own.get(key)!r}, but all methods of a comparison share data, model, steps and "
-                f"seeds; set it for all ({key}={own.get(key)}), or take it out of the method, "
-                f"which may change {', '.join(_MAY_DIFFER)}."
+                f"method {method.label!r} changes {key} from {theirs!r} to {mine!r}, but all "
+                f"methods of a comparison share data, model, steps and seeds; set it for all "
+                f"({key}={mine}), or take it out of the method, which may change "
+                f"{', '.join(_MAY_DIFFER)} and take fewer steps ({_STEPS})."
             )
     with open_dict(composed):
         composed.compare = None

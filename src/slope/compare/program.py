@@ -51,7 +51,8 @@ def compare(
     Args:
         comparison: what :func:`slope.compare.plan.load` read.
         runs: those of its runs that are wanted now.
-        jobs: processes at once; None: one per core on a CPU, 1 on a GPU.
+        jobs: processes at once; None: one per core on a CPU, 1 on a
+            GPU or where a run has several devices.
         command: what was typed, for the log.
         console: where to print the table; None: standard output.
 
@@ -81,7 +82,7 @@ def _run(
     found = runner.check(waiting)
     cores = runner.cores()
     if jobs is None:
-        jobs = cores if found["accelerator"] == "cpu" else 1
+        jobs = cores if found["accelerator"] == "cpu" and comparison.devices == 1 else 1
     threads = max(1, cores // jobs)
     session = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -234,8 +234,12 @@ def _steps_left(run: Run) -> int:
 def _write_settings(run: Run) -> None:
     run.config_file.parent.mkdir(parents=True, exist_ok=True)
     run.config_file.write_text(OmegaConf.to_yaml(run.cfg), encoding="utf-8")
-    tunings = json.dumps([asdict(chosen) for chosen in run.fine_tunings], indent=1)
-    fine_tunings_file(run.config_file).write_text(tunings + "\n", encoding="utf-8")
+    file = fine_tunings_file(run.config_file)
+    if run.fine_tunings:
+        text = json.dumps([asdict(chosen) for chosen in run.fine_tunings], indent=1)
+        file.write_text(text + "\n", encoding="utf-8")
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _start(run: Run, threads: int) -> subprocess.Popen[bytes]:

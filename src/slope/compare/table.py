@@ -224,11 +224,14 @@ def _number(value: float | None) -> str:
 def _what_a_run_is(comparison: Comparison) -> str:
     cfg = comparison.runs[0].cfg
     tokens = int(cfg.train.global_batch_size) * int(cfg.datamodule.max_length)
-    steps = int(cfg.trainer.max_steps)
+    by_method = {run.method: run.steps for run in comparison.runs}
+    steps = max(by_method.values())
+    fewer = ", ".join(f"{label} {n:,}" for label, n in by_method.items() if n < steps)
+    but = f" (fewer steps: {fewer})" if fewer else ""
     return (
         f"Each run: {cfg.model.family}, data set {cfg.datamodule.dataset}, tokenizer "
         f"{cfg.datamodule.tokenizer}, {steps:,} optimizer steps of {tokens:,} tokens = "
-        f"{steps * tokens:,} tokens."
+        f"{steps * tokens:,} tokens{but}."
     )
 
 

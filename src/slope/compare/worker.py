@@ -61,6 +61,8 @@ def _do(file: Path, job: Callable[[Path, DictConfig], int]) -> int:
     cfg = OmegaConf.load(file)
     assert isinstance(cfg, DictConfig)
     log_dir = Path(cfg.paths.log_dir)
+    if int(os.environ.get("LOCAL_RANK", 0)):  # a further device of the run, started by the first
+        return job(file, cfg)
     with FileLock(log_dir / _LOCK, timeout=_PATIENCE):
         (log_dir / OUTCOME).unlink(missing_ok=True)
         try:
@@ -90,8 +92,9 @@ def _finetune(file: Path, cfg: DictConfig) -> int:
 
 
 def _fine_tunings(config_file: Path) -> list[Settings]:
-    text = fine_tunings_file(config_file).read_text(encoding="utf-8")
-    return [Settings(**entry) for entry in json.loads(text)]
+    file = fine_tunings_file(config_file)
+    entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return [Settings(**entry) for entry in entries]
 
 
 def _check(files: Sequence[str]) -> int:
@@ -100,16 +103,18 @@ def _check(files: Sequence[str]) -> int:
     from slope.data import prepare
     from slope.training.program import check
 
-    accelerator = "cpu"
+    accelerator, wrong = "cpu", {}
     try:
         for file in files:
             cfg = OmegaConf.load(file)
             assert isinstance(cfg, DictConfig)
             try:
                 accelerator = check(cfg).accelerator
-            except ValueError as error:
-                label = Path(file).stem.rpartition("-seed")[0]
-                raise ValueError(f"method {label!r}: {error}") from error
+            except _EXPECTED as error:
+                wrong.setdefault(str(error), []).append(Path(file).stem.rpartition("-seed")[0])
+        if wrong:
+            found = (f"method {' and '.join(map(repr, who))}: {e}" for e, who in wrong.items())
+            raise ValueError(" ".join(found))
         for chosen in _fine_tunings(Path(files[0])):  # all methods have the same
             try:
                 finetune.check(chosen)

@@ -6,7 +6,7 @@
 from slope.data.config import DataConfig, HubSource
 from slope.data.dataset import TokenDataset
 from slope.data.loader import BatchLoader
-from slope.data.prepare import TokenData, pairs, prepare
+from slope.data.prepare import TokenData, pairs, prepare, ready_tokenizer
 
 __all__ = [
     "BatchLoader",
@@ -16,4 +16,5 @@ __all__ = [
     "TokenDataset",
     "pairs",
     "prepare",
+    "ready_tokenizer",
 ]

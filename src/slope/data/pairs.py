@@ -235,7 +235,7 @@ class PairDataset:
             other = (document + 1) % len(self._starts)
             other, start, end = self._piece(int(self._first[other]))
         start += self._cut(tokens[start:end], draws[3])
-        # As long as what follows would be, so that the length does not tell.
+        # As long as what follows would be, as far as that document goes.
         end = min(start + len(piece) - cut, int(self._ends[other]))
         return piece[:cut], tokens[start:end], IS_RANDOM
 

@@ -11,7 +11,7 @@ from slope.data.config import DataConfig
 from slope.data.corpora import open_corpus
 from slope.data.dataset import TokenDataset
 from slope.data.pairs import Masking, PairDataset, Pieces
-from slope.data.tokenizer import tokenizer_identity
+from slope.data.tokenizer import load_tokenizer, tokenizer_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -82,6 +82,22 @@ def prepare(
         cache_dir=cache.directory,
         fingerprint=str(cache.meta["key"]),
     )
+
+
+def ready_tokenizer(config: Any) -> tuple[PreTrainedTokenizerFast, int] | None:
+    """The tokenizer of a configuration and the size of its vocabulary, before any text is read.
+
+    Returns:
+        None for one that is trained on the corpus.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`prepare` does of a tokenizer.
+    """
+    settings = DataConfig.from_config(config)
+    if settings.tokenizer.startswith(("bpe:", "wordpiece:")):
+        return None
+    loaded = load_tokenizer(settings, ())
+    return loaded.to_transformers(settings.max_length), loaded.vocab_size
 
 
 def pairs(data: TokenData, masking: Masking) -> TokenData:

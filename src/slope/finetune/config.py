@@ -138,10 +138,26 @@ def settings(overrides: Sequence[str]) -> Settings:
         )
         found = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(" ".join(str(error).split()).partition(" full_key:")[0]) from error
+        key = str(error.full_key).partition("[")[0]
+        kind = _KINDS[key]
+        raise ValueError(
+            f"{key}={typed.get(key, '')} must be {kind}, for example {key}={_show(_DEFAULTS[key])}."
+        ) from error
     assert isinstance(found, Settings)
     _check(found)
     return found
+
+
+_DEFAULTS = {field.name: getattr(Settings("squad", ""), field.name) for field in fields(Settings)}
+_KINDS = {
+    name: {bool: "True or False", int: "a whole number", float: "a number", list: "a list of "
+           "whole numbers"}.get(type(value), "a text")
+    for name, value in _DEFAULTS.items()
+}  # fmt: skip
+
+
+def _show(value: Any) -> str:
+    return str(value).replace(" ", "")
 
 
 def _recipe(task: str) -> Mapping[str, Any]:
@@ -159,6 +175,8 @@ def _check(found: Settings) -> None:
         if not (math.isfinite(value) and (value > least or (allowed and value == least))):
             bound = "at least" if allowed else "above"
             raise ValueError(f"{key}={value} must be {bound} {least}, and finite.")
+    if found.name is not None and not {"", ".", ".."}.isdisjoint(found.name.split("/")):
+        raise ValueError(f"name={found.name!r} must be a folder inside logs, for example my-run.")
     if found.warmup_ratio > 1:
         raise ValueError(f"warmup_ratio={found.warmup_ratio} must be at most 1.")
     for key, allowed_values in (("precision", PRECISIONS), ("accelerator", ACCELERATORS)):

@@ -132,6 +132,10 @@ class GlueTask:
                 split: list(_read(folder / f"{split}.tsv", self.format)) for split in splits
             }
 
+    def content(self) -> object:
+        """What was read, of which the scores are a function."""
+        return self.examples
+
     def features(self, pieces: WordPieces) -> tuple[list[Feature], dict[str, list[Feature]]]:
         """What the model is trained on, and what is evaluated, by split."""
         made = {

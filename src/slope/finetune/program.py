@@ -8,6 +8,7 @@ predictions in the official format), and the table: ``results.csv``, ``results.m
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SETTINGS, _MODEL = "settings.json", "model"
+_SETTINGS, _CONTENTS, _MODEL = "settings.json", "contents", "model"
 _MAY_DIFFER = ("seeds", "progress_bar", "accelerator", "batch_size_eval", "root", "name")
 
 
@@ -48,7 +50,11 @@ def finetune(settings: Settings) -> dict[str, Any]:
     """
     folder = settings.directory
     _check_folder(folder, settings)
+    _check_contents(folder, settings, _contents(settings, None))
     todo = settings.unfinished()
+    done = [seed for seed in settings.seeds if seed not in todo]
+    if done:
+        log.info("%s: done before: seed %s.", folder, ", ".join(map(str, done)))
     if todo:
         _run(settings, folder, todo)
     found = results(settings)
@@ -104,8 +110,11 @@ def _run(settings: Settings, folder: Path, seeds: Sequence[int]) -> None:
     )
     precision: Any = settings.precision  # one of PRECISIONS, which Fabric knows
     fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=precision)
+    contents = _contents(settings, task)
+    _check_contents(folder, settings, contents)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / _SETTINGS, json.dumps(_fixed(settings), indent=1) + "\n")
+    text = json.dumps(_fixed(settings) | {_CONTENTS: contents}, indent=1)
+    _write(folder / _SETTINGS, text + "\n")
     for seed in seeds:
         began = time.monotonic()
         rng.seed_all(seed)
@@ -188,12 +197,38 @@ def _check_folder(folder: Path, settings: Settings) -> None:
             raise ValueError(f"'{folder}' holds something else; type name=<another>.")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
+    before.pop(_CONTENTS, None)
     now = _fixed(settings)
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):
             raise ValueError(
                 f"'{folder}' is of other settings: {key} is {before.get(key)} in it and "
                 f"{now.get(key)} here; type name=<another>, or the settings that it was begun with."
+            )
+
+
+def _contents(settings: Settings, task: GlueTask | SquadTask | None) -> dict[str, str]:
+    """SHA-256 of what is read, by the setting that leads to it: a path may lead elsewhere later."""
+    from slope.training import initial
+
+    found = {}
+    with suppress(FileNotFoundError):
+        found["init_from"] = initial.fingerprint(settings.init_from)
+    if task is not None:
+        found["data"] = hashlib.sha256(repr(task.content()).encode()).hexdigest()
+    return found
+
+
+def _check_contents(folder: Path, settings: Settings, now: Mapping[str, str]) -> None:
+    path = folder / _SETTINGS
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8")).get(_CONTENTS, {})
+    for key, digest in now.items():
+        if before.get(key, digest) != digest:
+            raise ValueError(
+                f"'{folder}' has seeds of another {key}: what {key}={getattr(settings, key)} leads "
+                "to has changed since; type name=<another> for what it is now."
             )
 
 
@@ -230,7 +265,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"# {summary['task']} from {summary['init_from']}",
         "",
         f"{summary['layers']}. {'All weights' if summary['dense'] else 'Kept weights'} trained; "
-        "metrics in percent; ± is the standard deviation over the seeds.",
+        "metrics in percent, train_loss in nats (STS-B: squared error); ± is the standard "
+        "deviation over the seeds.",
         "",
         f"| seed | {' | '.join(metrics)} |",
         "|---|" + "---:|" * len(metrics),

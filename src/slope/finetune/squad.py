@@ -104,6 +104,10 @@ class SquadTask:
             self.questions = {split: list(read(path)) for split, path in paths.items()}
         self.windows: list[Window] = []
 
+    def content(self) -> object:
+        """What was read, of which the scores are a function."""
+        return self.questions
+
     def features(self, pieces: WordPieces) -> tuple[list[Feature], dict[str, list[Feature]]]:
         """What the model is trained on, and what is evaluated, by split."""
         train = list(_windows(self.questions["train"], pieces, self.settings, train=True))

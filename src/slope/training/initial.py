@@ -8,6 +8,7 @@ and with its active adapters folded in. The new run then chooses masks of its ow
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import slope
 from slope import configs
+from slope.data.hashes import hash_file
 from slope.linear import AdaptedLinear
 from slope.training import checkpoint as checkpoints
 from slope.training import pruner
@@ -39,12 +41,12 @@ class Weights:
     path: Path
     content: dict[str, Any] | None
 
-    def progress(self) -> str:
-        """How far the run of a checkpoint had come, for the log."""
+    def progress(self) -> tuple[int, int] | None:
+        """The step of a checkpoint and the steps of its run."""
         if self.content is None:
-            return ""
+            return None
         steps = self.content["slope"]["signature"]["trainer.max_steps"]
-        return f" (step {self.content['global_step']} of {steps})"
+        return int(self.content["global_step"]), int(steps)
 
 
 def locate(init_from: str | Path) -> Path:
@@ -61,9 +63,9 @@ def locate(init_from: str | Path) -> Path:
         what = "holds nothing to start from" if path.is_dir() else "does not exist"
         raise FileNotFoundError(
             f"init_from={path} {what}; give a checkpoint (checkpoints/my-run, or a file in it) or "
-            "a folder of save_pretrained. The second phase of a pretraining begins with the first: "
-            f"do that run before, 'slope train {_command(path)}', or type "
-            "init_from=checkpoints/<the name of one that is done>."
+            "a folder of save_pretrained. Do the run that leaves it first, "
+            f"'slope train {_command(path)}', or type init_from=checkpoints/<the name of one that "
+            "is done>."
         )
     return path
 
@@ -78,6 +80,20 @@ def _command(path: Path) -> str:
         return f"experiment=<its configuration> name={name}"
     own = "" if name == begun else f" name={name}"
     return f"experiment={known[begun]}{own} pruner={'none' if 'dense' in name else 'slope'}"
+
+
+def fingerprint(init_from: str | Path) -> str:
+    """SHA-256 of what ``init_from`` leads to at present: the newest checkpoint, or the folder.
+
+    Raises:
+        FileNotFoundError: if there is nothing to start from.
+    """
+    path = locate(init_from)
+    if path.is_dir() and not any((path / name).is_file() for name in (_SLOPE, _CONFIG)):
+        path = checkpoints.saved(path)[0]
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    text = "".join(f"{file.relative_to(path)} {hash_file(file)}\n" for file in files)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read(init_from: str | Path) -> Weights:
@@ -145,8 +161,27 @@ def check_tokenizer(weights: Weights, tokenizer: Mapping[str, Any], vocabulary: 
     )
 
 
-def load_into(model: nn.Module, weights: Weights) -> None:
+def check_entries(weights: Weights, most: int) -> None:
+    """See whether a tokenizer of at most so many entries can be that of a checkpoint's run.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if weights.content is not None:
+        entries = int(weights.content["slope"]["signature"]["vocabulary"])
+        if entries > most:
+            raise ValueError(
+                f"init_from={weights.path} was trained with {entries:,} tokens, and the tokenizer "
+                f"of this run has at most {most:,}; type datamodule.tokenizer=<the one that it was "
+                "trained with>."
+            )
+
+
+def load_into(model: nn.Module, weights: Weights) -> str | None:
     """Give a dense model the trained weights; it stays dense, in training mode.
+
+    Returns:
+        How sparse the weights are, None if they are dense.
 
     Raises:
         ValueError: if they do not fit the model, with the differences.
@@ -162,9 +197,12 @@ def load_into(model: nn.Module, weights: Weights) -> None:
             ) from error
     else:
         _load_transformers(model, weights.path)
+    sparse = None
     if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        sparse = slope.sparsity_report(model).summary()
         slope.densify(model, fold_adapters=True)
     model.to(torch.get_default_dtype()).train()
+    return sparse
 
 
 def restore(model: nn.Module, weights: Weights) -> None:

@@ -106,6 +106,7 @@ def _run(
     log_dir, directory = Path(cfg.paths.log_dir), Path(cfg.paths.checkpoint_dir)
     max_steps, max_length = int(cfg.trainer.max_steps), int(cfg.datamodule.max_length)
 
+    _check_tokens(cfg, weights)
     # Whoever builds the cache shows it; the others wait.
     data = prepare(
         cfg.datamodule,
@@ -121,8 +122,7 @@ def _run(
     rng.seed_all(int(cfg.seed))
     model = build_model(cfg.model, data.vocab_size, max_length, eos_token_id=data.eos_token_id)
     if weights is not None:
-        initial.load_into(model, weights)
-        log.info("starts from the weights of %s%s.", weights.path, weights.progress())
+        _start_with(model, weights, cfg)
     # What a checkpoint holds of masks replaces those chosen here.
     fresh = found is None
     report = pruner.apply(
@@ -259,6 +259,46 @@ def _run(
         )
         return {"interrupted": True, "steps": trainer.global_step, "checkpoint": str(path)}
     return _finish(cfg, hardware, data, model, schedule, report, trainer, loop)
+
+
+def _start_with(model: nn.Module, weights: initial.Weights, cfg: DictConfig) -> None:
+    """Load trained weights, and say what may not be meant."""
+    sparse = initial.load_into(model, weights)
+    done = weights.progress()
+    how_far = "" if done is None else f" (step {done[0]} of {done[1]})"
+    log.info("starts from the weights of %s%s.", weights.path, how_far)
+    if done is not None and done[0] < done[1]:
+        log.warning(
+            "the run of %s was not finished; unless that is meant, finish it first by its own "
+            "command and resume=True.",
+            weights.path,
+        )
+    if sparse is not None and cfg.pruner.pruned_matrix in ("none", "dense"):
+        log.warning(
+            "%s is sparse (%s), and this run is dense: its zeros become weights. Type pruner=slope "
+            "to keep them, unless that is meant.",
+            weights.path,
+            sparse,
+        )
+
+
+def _check_tokens(cfg: DictConfig, weights: initial.Weights | None) -> None:
+    """Find a tokenizer that cannot serve before the corpus is tokenised with it."""
+    from slope.data import ready_tokenizer
+    from slope.data.pairs import Pieces
+    from slope.data.tokenizer import plain_tokenizer, vocabulary_entries
+
+    ready = ready_tokenizer(cfg.datamodule)
+    if ready is None:  # it is trained on the corpus, to at most so many entries
+        entries = vocabulary_entries(str(cfg.datamodule.tokenizer))
+        if weights is not None:
+            initial.check_entries(weights, entries)
+        return
+    tokenizer, size = ready
+    if str(cfg.model.family) == "bert":
+        Pieces.of(tokenizer, size)
+    if weights is not None:
+        initial.check_tokenizer(weights, plain_tokenizer(tokenizer), size)
 
 
 def _check_settings(cfg: DictConfig, hardware: Hardware) -> None:
