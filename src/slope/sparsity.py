@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from slope.layers import adapter_parameters, is_linear
-from slope.linear import AdaptedLinear, dense_weight
+from slope.linear import AdaptedLinear, SlopeLinear, dense_weight
 from slope.methods import PrunedLinear
 from slope.pattern import NMPattern
 
@@ -153,6 +153,7 @@ def _report_sparse(name: str, layer: AdaptedLinear) -> LayerReport:
     masks = sum(b.numel() * b.element_size() for b in layer.buffers(recurse=False))
     method = layer.method if isinstance(layer, PrunedLinear) else None
     sparsity = method.sparsity if method is not None else None
+    own = _SLOPE if isinstance(layer, SlopeLinear) else None  # a dense layer may have an adapter
     return LayerReport(
         name=name,
         in_features=layer.in_features,
@@ -164,7 +165,7 @@ def _report_sparse(name: str, layer: AdaptedLinear) -> LayerReport:
         bytes_dense=numel * stored.element_size(),
         bytes_stored=stored.numel() * stored.element_size() + masks,
         rank=layer.adapter.rank if layer.adapter is not None else 0,
-        method=method.note if method is not None else _SLOPE,
+        method=method.note if method is not None else own,
         sparsity=sparsity,
     )
 

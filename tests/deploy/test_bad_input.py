@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import slope
 from slope import cli
+from slope.deploy import open_source
 from slope.export import dense as dense_module
 from slope.export import save as save_module
 from slope.export import save_dense, save_peft
@@ -126,7 +127,7 @@ def test_shards_and_their_index_must_agree(shards, capsys):
     assert f"tensor '{placed}' is a second time in '{shards[1].name}'" in error(lambda m: None)
     shards[1].write_bytes(kept)
     index.unlink()
-    assert "model.safetensors' is missing" in error_of(capsys, "bad", *TO)
+    assert f"'bad/{INDEX}' is missing; the folder is incomplete" in error_of(capsys, "bad", *TO)
     index.write_text(whole)
     shards[1].unlink()
     assert f"{shards[1].name}' is missing; the folder is incomplete" in error_of(capsys, "bad", *TO)
@@ -179,7 +180,24 @@ def test_configurations_that_cannot_be_used(folder, capsys):
     edit(path, lambda config: config.update(n_head=7))
     assert "num_heads" in error_of(capsys, "bad", *TO)
     path.unlink()
-    assert "config.json" in error_of(capsys, "bad", *TO)
+    line = error_of(capsys, "bad", *TO)
+    if (folder / "slope.json").is_file():
+        assert "'bad' holds no config.json, which GPT2LMHeadModel is built from; it is inco" in line
+    else:
+        assert "'bad' holds no checkpoint: neither" in line and "nor config.json" in line
+
+
+def test_code_of_a_folder_is_never_run(here, make_model):
+    model = make_model(dense=True)
+    save_dense(model, here / "hf")
+    (here / "hf" / "theirs.py").write_text("open('exploded', 'w')\n")
+    theirs = {"auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}}
+    edit(here / "hf" / "config.json", lambda config: config.update(theirs))
+    assert type(open_source("hf").model) is type(model)
+    edit(here / "hf" / "config.json", lambda config: config.update(model_type="theirs"))
+    with pytest.raises(ValueError, match="model_type is 'theirs', which transformers"):
+        open_source("hf")
+    assert not (here / "exploded").exists()
 
 
 def test_a_damaged_generation_config_is_named(here, make_model, capsys):
@@ -243,6 +261,63 @@ def test_peft_refuses_adapters_of_another_model(here, make_model, change, messag
     edit(here / "lora" / "adapter_config.json", lambda config: config.update(change))
     with pytest.raises((RuntimeError, ValueError), match=message):
         PeftModel.from_pretrained(slope.densify(model, fold_adapters=True), here / "lora")
+
+
+def damaged(key, value):
+    return lambda folder: edit(folder / "adapter_config.json", lambda c: c.update({key: value}))
+
+
+def changed(leaf, change):
+    name = f"base_model.model.{LAYER}.{leaf}.weight"
+
+    def apply(folder):
+        rewrite(folder / "adapter_model.safetensors", lambda tensors: change(tensors, name))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            damaged("peft_type", "IA3"),
+            r"adapter_config\.json' cannot be used \(it describes no LORA",
+        ),
+        (damaged("use_rslora", True), "use_rslora is a scale that adapters do not have"),
+        (damaged("r", "many"), "'r' is many"),
+        (damaged("r", 4), r"is torch.float32 of shape \(3, 32\), and rank 4 of a layer of 32 x 32"),
+        (damaged("r", 400), "needs floats of shape"),
+        (damaged("r", 0), "has rank 0 and lora_alpha 1.0"),
+        (damaged("target_modules", [["a"]]), "'target_modules' holds what is no name"),
+        (damaged("rank_pattern", {LAYER: "x"}), f"layer '{LAYER}' has rank 'x'"),
+        (damaged("target_modules", [LAYER]), r"lora_A\.weight' is of no layer in its adapter_conf"),
+        (damaged("target_modules", ["h.9"]), "the model has no linear layer 'h.9'"),
+        (damaged("target_modules", ["transformer.wte"]), "has no linear layer 'transformer.wte'"),
+        (changed("lora_B", lambda t, name: t.pop(name)), r"lora_B\.weight' is missing"),
+        (
+            changed("lora_B", lambda t, name: t.update({name: t[name].t().contiguous()})),
+            r"shape \(3, 128\), and rank 3 of a layer of 128 x 32 needs floats of shape \(128, 3\)",
+        ),
+        (changed("lora_A", lambda t, n: t.update({n: t[n].int()})), r"is torch\.int32 of shape"),
+        (changed("lora_A", lambda t, n: t.update(more=t[n].clone())), "'more' is of no layer"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"),
+            r"adapter_model\.safetensors' is truncated or no safetensors file",
+        ),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be used"),
+        (
+            lambda folder: (folder / "slope_scales.json").write_text('{"a": "x"}'),
+            r"slope_scales\.json' cannot be used \(it is no object of numbers",
+        ),
+        (lambda folder: (folder / "adapter_config.json").unlink(), r"config\.json' is missing"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"model\.s.*' is missing"),
+    ],
+)
+def test_adapters_of_a_dense_export_that_do_not_fit(here, make_model, damage, message):
+    save_dense(make_model(), here / "hf")
+    damage(here / "hf" / "adapter")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_source("hf")
 
 
 # --- prompts and options ------------------------------------------------------------------------

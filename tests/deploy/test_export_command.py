@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from export_runs import (
+    IDS,
     LAYER,
     Bomb,
     assert_equal_states,
@@ -19,8 +20,12 @@ from export_runs import (
 from safetensors.torch import load_file, save_file
 
 import slope
-from slope.deploy import open_source
-from slope.export import save_dense
+from slope import cli
+from slope.deploy import open_source, prune, prune_by_zeros
+from slope.deploy.source import cast
+from slope.export import save_dense, save_peft
+from slope.layers import adapter_layers
+from slope.methods import wanda
 from slope.methods.wanda import wanda_scores
 
 # --- a run -------------------------------------------------------------------------------------
@@ -50,16 +55,19 @@ def test_all_formats_of_a_run(make_run, here, capsys):
     for kind in ("slope", "hf", "peft"):
         assert export("mine", "--format", kind, "--output", kind) == 0
     out = capsys.readouterr().out
-    assert "sparsified 7 of 9 linear layers (2:4)" in out
+    assert "sparsified" not in out and "parameters" not in out
+    assert "7 of 9 linear layers are 2:4\nwritten: " in out
+    assert "7 of 9 linear layers are 2:4, written dense with their zeros\n" in out
+    assert f"the adapters of 7 linear layers\nwritten: {here / 'peft'} (0.0 MB)" in out
     assert "the adapters are in hf/adapter, for peft\n" in out
-    assert f"written: {here / 'peft'} (0.0 MB)" in out
     assert_equal_states(slope.load_pretrained("slope"), model)
     again = open_source("slope")
     assert_equal_states(again.model, model)
     assert again.tokenizer.eos_token_id == model.config.eos_token_id
     assert (here / "hf/tokenizer.json").is_file() and (here / "hf/adapter/README.md").is_file()
-    slope.deactivate_adapters(model)
-    assert torch.equal(logits(open_source("hf").model), logits(model))
+    assert export("mine", "--format", "hf", "--fold", "--output", "folded") == 0
+    line = "written dense, adapters added into the weights of 7 of 9 linear layers\n"
+    assert line in capsys.readouterr().out
 
 
 def test_bf16_without_stale_column_masks_and_json(make_run, capsys):
@@ -84,6 +92,137 @@ def test_methods_without_compressed_layers(make_run, capsys):
     line = error_of(capsys, "dense", "--format", "slope", "--output", "none")
     assert "is dense, so there is nothing to compress; type --sparsify magnitude" in line
     assert export("dense", "--sparsify", "magnitude", "--format", "slope", "--output", "now") == 0
+
+
+# --- a dense export with its adapters -----------------------------------------------------------
+
+
+def assert_equal_adapters(one, other):
+    pairs = zip(slope.sparse_layers(one), slope.sparse_layers(other), strict=True)
+    for (name, mine), (other_name, theirs) in pairs:
+        assert name == other_name and mine.adapter.active
+        assert (mine.adapter.rank, mine.adapter.scale) == (
+            theirs.adapter.rank,
+            theirs.adapter.scale,
+        )
+        assert torch.equal(mine.adapter.down, theirs.adapter.down)
+        assert torch.equal(mine.adapter.up, theirs.adapter.up)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"adapter_rank": 0.1}, {"adapter_scale": 0.3}])
+def test_a_dense_export_comes_back_with_its_adapters(here, make_model, family, dtype, options):
+    model = make_model(family, **options)
+    cast(model, dtype)
+    save_dense(model, here / "hf")
+    opened = open_source("hf").model
+    assert torch.equal(logits(opened), logits(model)) and not opened.training
+    save_dense(opened, here / "again")
+    save_peft(opened, here / "peft")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "slope_scales.json"):
+        content = (here / "hf" / "adapter" / name).read_bytes()
+        assert (here / "again" / "adapter" / name).read_bytes() == content
+        assert (here / "peft" / name).read_bytes() == content
+    assert export("hf", "--sparsify", "zeros", "--format", "slope", "--output", "back") == 0
+    back = slope.load_pretrained("back")
+    assert_equal_states(back, model)
+    assert_equal_adapters(back, model)
+    assert torch.equal(logits(back), logits(model))
+
+
+@pytest.mark.parametrize(("rank", "scale"), [(3, None), (3, 0.05), (7, 0.47)])
+def test_the_scale_of_an_adapter_comes_back_to_the_last_bit(here, make_model, rank, scale):
+    save_dense(make_model(adapter_rank=rank, adapter_scale=scale), here / "hf")
+
+    def scales():
+        return {layer.adapter.scale for _, layer in adapter_layers(open_source("hf").model)}
+
+    wanted = 1 / rank if scale is None else scale
+    path = here / "hf" / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert scales() == {wanted}
+    assert (config["lora_alpha"] / config["r"] == wanted) == (scale is None)
+    (path.parent / "slope_scales.json").rename(here / "away")
+    assert scales() == {config["lora_alpha"] / rank}
+    (here / "away").rename(path.parent / "slope_scales.json")
+    path.write_text(json.dumps(config | {"lora_alpha": 2.0 * rank}))
+    assert scales() == {2.0}
+
+
+def test_adapters_stay_whatever_chooses_the_masks(here, make_model, tokenizer):
+    model = make_model()
+    save_dense(model, here / "hf", tokenizer)
+    (here / "text.txt").write_text("the king of the city and the river is a war " * 60)
+    ways = {"magnitude": (), "wanda": ("--calibration", "text.txt")}
+    for way, more in ways.items():
+        to = ("--format", "slope", "--output", way)
+        assert export("hf", "--sparsify", way, *more, *to) == 0
+        assert_equal_adapters(slope.load_pretrained(way), model)
+
+
+def test_wanda_measures_with_the_adapters(here, make_model, tokenizer, monkeypatch):
+    model = make_model()
+    save_dense(model, here / "hf", tokenizer)
+    seen = []
+    original = wanda.wanda_scores
+
+    def kept(measured, layers, batches):
+        seen.append(logits(measured))
+        return original(measured, layers, batches)
+
+    monkeypatch.setattr(wanda, "wanda_scores", kept)
+    prune(open_source("hf").model, "wanda", calibration=IDS)
+    assert torch.allclose(seen[0], logits(model), atol=1e-5)
+
+
+def test_the_adapter_of_a_layer_that_stays_dense_is_added_into_it(here, make_model):
+    model = make_model()
+    save_dense(model, here / "hf")
+    source = open_source("hf").model
+    with torch.no_grad():
+        dict(adapter_layers(source))[LAYER].weight.normal_()
+    wanted = logits(source)
+    prune_by_zeros(source)
+    assert LAYER not in dict(adapter_layers(source)) and len([*adapter_layers(source)]) == 6
+    assert type(source.get_submodule(LAYER)).__name__ == "Conv1D"
+    assert torch.allclose(logits(source), wanted, atol=1e-5)
+    slope.save_pretrained(source, "back")
+    assert torch.equal(logits(slope.load_pretrained("back")), logits(source))
+
+
+def test_a_dense_export_that_cannot_be_pruned_is_as_before(here, make_model):
+    save_dense(make_model(), here / "hf")
+    model = open_source("hf").model
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(IndexError):
+        prune(model, "wanda", calibration=torch.full((1, 4), 999))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_report_calls_a_layer_with_an_adapter_dense(here, make_model):
+    save_dense(make_model(), here / "hf")
+    report = slope.sparsity_report(open_source("hf").model)
+    assert not report.sparse and sum(layer.rank > 0 for layer in report.layers) == 7
+
+
+def test_eval_and_generate_say_of_a_dense_export_what_they_say_of_the_run(make_run, here, capsys):
+    make_run()
+    assert export("mine", "--format", "hf", "--output", "hf") == 0
+    greedy = ("--prompt", "the king", "--temperature", "0", "--json")
+    texts = []
+    for arguments in (("mine",), ("hf",), ("hf", "--fold")):
+        capsys.readouterr()
+        assert cli.main(["generate", *arguments, *greedy]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["results"])
+    assert texts[0] == texts[1] == texts[2]
+    (here / "held.txt").write_text("the king of the city and the river is a war " * 60)
+    assert cli.main(["eval", "mine", "hf", "--data", "held.txt", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    values = [{r["metric"]: r["value"] for r in found if r["model"] == m} for m in ("mine", "hf")]
+    assert values[0] == values[1] and values[0]
 
 
 # --- a dense checkpoint -------------------------------------------------------------------------
@@ -134,11 +273,6 @@ def test_what_cannot_be_made_sparse(dense, make_run, here, capsys):
     assert "wanda needs --calibration" in line
     line = error_of(capsys, "dense", "--sparsify", "zeros", "--calibration", "x", *to, code=2)
     assert "only wanda reads text" in line
-    line = error_of(capsys, "dense", "--sparsify", "wanda", "--calibration", "none.txt", *to)
-    assert "no text file 'none.txt'" in line
-    (here / "empty.txt").write_text("")
-    line = error_of(capsys, "dense", "--sparsify", "wanda", "--calibration", "empty.txt", *to)
-    assert "'empty.txt' holds no text to calibrate with" in line
     make_run()
     assert "sparse already" in error_of(capsys, "mine", "--sparsify", "magnitude", *to)
     with torch.no_grad():
@@ -148,6 +282,49 @@ def test_what_cannot_be_made_sparse(dense, make_run, here, capsys):
     line = error_of(capsys, "dense", "--sparsify", "zeros", *to)
     assert f"layer '{LAYER}' is" in line and "non-zeros of 4" in line and "magnitude" in line
     assert not (here / "out").exists()
+
+
+def test_the_target_and_the_calibration_are_seen_before_anything_is_loaded(here, capsys):
+    # There is no checkpoint: whoever looks for it first says so.
+    wanda = ("nothing", "--format", "slope", "--sparsify", "wanda", "--calibration")
+    assert "no text file 'none.txt'" in error_of(capsys, *wanda, "none.txt", "--output", "out")
+    (here / "empty.txt").write_text(" \n")
+    line = error_of(capsys, *wanda, "empty.txt", "--output", "out")
+    assert "'empty.txt' holds no text to calibrate with" in line
+    (here / "latin.txt").write_bytes(b"caf\xe9 " * 99)
+    line = error_of(capsys, *wanda, "latin.txt", "--output", "out")
+    assert "'latin.txt' is no text in UTF-8 (invalid continuation byte); convert it with" in line
+    (here / "thesis").mkdir()
+    (here / "thesis" / "text.txt").write_text("years of work")
+    for kind in ("slope", "hf", "peft"):
+        to = ("--format", kind, "--output", "thesis")
+        assert "thesis' is not empty; choose another" in error_of(capsys, "nothing", *to)
+        line = error_of(capsys, "nothing", *to, "--force")
+        assert "so it is no earlier export and is not replaced" in line
+        to = ("--format", kind, "--output", "latin.txt")
+        assert "latin.txt' is a file; choose" in error_of(capsys, "nothing", *to)
+
+
+@pytest.mark.parametrize(("words", "said"), [(4000, "128 x 32"), (60, " x 32"), (3, "1 x ")])
+def test_how_much_wanda_was_calibrated_on_is_said(dense, here, capsys, tokenizer, words, said):
+    text = "king " * words
+    (here / "text.txt").write_text(text)
+    options = ("--sparsify", "wanda", "--calibration", "text.txt", "--format", "slope", "--json")
+    assert export("dense", *options, "--output", "out") == 0
+    captured = capsys.readouterr()
+    tokens = len(tokenizer(text, verbose=False)["input_ids"])
+    length = min(tokens, 32)
+    count = {"sequences": min(128, tokens // length), "tokens": length}
+    assert json.loads(captured.out)["calibration"] == count
+    assert said in captured.err and f"{count['sequences']} x {length} tokens" in captured.err
+    assert ("128 sequences are usual" in captured.err) == (count["sequences"] < 128)
+
+
+def test_a_text_of_one_token_is_an_error(dense, here, capsys):
+    (here / "text.txt").write_text("k")
+    options = ("--sparsify", "wanda", "--calibration", "text.txt", "--format", "slope")
+    line = error_of(capsys, "dense", *options, "--output", "out")
+    assert "the text for --calibration is one token long; give more of it" in line
 
 
 @pytest.mark.parametrize(
@@ -222,6 +399,54 @@ def test_tokenizers_that_do_not_match(make_run, dense, here, capsys, tokenizer):
     assert "'bad.json' is no tokenizer that can be read" in line
     line = error_of(capsys, "dense", "--tokenizer", "none", "--format", "hf", "--output", "x")
     assert "no tokenizer 'none'" in line
+
+
+@pytest.fixture
+def swapped(here, tokenizer):
+    """A tokenizer of the same entries, of which two have each other's id."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    entries = content["model"]["vocab"]
+    entries["k"], entries["w"] = entries["w"], entries["k"]
+    (here / "swapped.json").write_text(json.dumps(content))
+    return min(entries["k"], entries["w"])
+
+
+@pytest.mark.parametrize("kind", ["run", "slope", "hf"])
+def test_a_tokenizer_of_other_ids_is_refused(make_run, swapped, capsys, kind):
+    make_run()
+    given = "mine" if kind == "run" else kind
+    if kind != "run":
+        assert export("mine", "--format", kind, "--output", kind) == 0
+    to = ("--format", "hf", "--output", "out")
+    line = error_of(capsys, given, "--tokenizer", "swapped.json", *to)
+    assert f"is its entry {swapped} and was " in line and "when the model was trained" in line
+    assert line.endswith("type --tokenizer <the one that it was trained with>, or leave it away: "
+                         "it comes with the model.")  # fmt: skip
+
+
+def test_a_tokenizer_that_was_exchanged_in_an_export_is_refused(make_run, here, swapped, capsys):
+    make_run()
+    assert export("mine", "--format", "slope", "--output", "ours") == 0
+    own = (here / "ours" / "tokenizer.json").read_text()
+    (here / "own.json").write_text(own)
+    (here / "ours" / "tokenizer.json").write_text((here / "swapped.json").read_text())
+    to = ("--format", "hf", "--output")
+    line = error_of(capsys, "ours", *to, "out")
+    assert "it has as many entries, " in line and "but other ones than when the model" in line
+    assert line.endswith("type --tokenizer <the one that it was trained with>.")
+    assert export("ours", "--tokenizer", "own.json", *to, "out") == 0
+    description = json.loads((here / "ours" / "slope.json").read_text())
+    del description["vocabulary_sha256"]  # as written before it was there
+    (here / "ours" / "slope.json").write_text(json.dumps(description))
+    assert open_source("ours").tokenizer.get_vocab() != open_source("mine").tokenizer.get_vocab()
+
+
+def test_a_foreign_folder_takes_any_tokenizer_that_fits(here, make_model, tokenizer, swapped):
+    model = make_model(dense=True)
+    model.save_pretrained("theirs")
+    tokenizer.save_pretrained("theirs")
+    found = open_source("theirs", tokenizer="swapped.json").tokenizer
+    assert found.get_vocab() != tokenizer.get_vocab()
 
 
 def test_a_changed_export_is_refused(make_run, capsys):

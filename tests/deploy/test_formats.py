@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, make_model, monkeypat
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dense_module, "_write_adapters", full)
+    monkeypatch.setattr(dense_module, "write_lora", full)
     for save in (save_dense, save_peft):
         with pytest.raises(OSError, match=r"No space left.*free some space"):
             save(make_model(), tmp_path / "out")
@@ -167,6 +167,23 @@ def test_the_card_says_what_is_sparse_and_how_to_load_it(tmp_path, make_model, t
     assert card.startswith('---\nlibrary_name: slope-llm\ntags: ["sparsity", "2:4"]\n---\n')
     assert "| `model.layers.1.mlp.down_proj` | 32 x 64 | 2:4 | 3 |" in card
     assert 'slope.load_pretrained("this folder")' in card
+
+
+def test_a_card_says_no_layer_sparse_that_is_not(tmp_path, make_model):
+    model = make_model("llama")
+    save_dense(model, tmp_path / "hf")
+    save_dense(model, tmp_path / "folded", fold_adapters=True)
+    save_dense(make_model("llama", dense=True), tmp_path / "dense")
+    save_dense(make_model("llama", method="dynamic-input", adapter_rank=0), tmp_path / "inputs")
+    cards = {path.parent.name: path.read_text() for path in tmp_path.glob("*/README.md")}
+    head = 'tags: ["sparsity", "2:4"]\n---\n<!-- slope export -->\n# LlamaForCausalLM, 2:4 sparse\n'
+    assert head in cards["hf"] and "12 linear layers are 2:4" not in cards["hf"]
+    assert "| `model.layers.1.mlp.down_proj` | 32 x 64 | 2:4 | 3 |" in cards["hf"]
+    for name in ("folded", "dense", "inputs"):
+        assert "tags: []\n" in cards[name] and "# LlamaForCausalLM, dense\n" in cards[name]
+        assert "2:4" not in cards[name] and "their zeros" not in cards[name]
+        assert "all 15 linear layers are dense." in cards[name]
+    assert "Dense weights; those of 11 layers have their adapters added in" in cards["folded"]
 
 
 # --- ours ------------------------------------------------------------------------------------

@@ -131,6 +131,38 @@ def test_prompts_of_a_file_as_json(make_run, here, capsys, tokenizer):
     assert capsys.readouterr().out.count("\n\n") == 3
 
 
+def results(capsys, *arguments):
+    assert cli.main(["generate", "mine", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)["results"]
+
+
+def test_batches_have_draws_of_their_own(make_run, here, capsys):
+    make_run()
+    (here / "prompts.txt").write_text("the king\n" * 6)
+    arguments = ("--prompts-file", "prompts.txt", "--batch-size", "2", "--temperature", "2")
+    texts = [result["text"] for result in results(capsys, *arguments)]
+    assert len(set(texts)) == 6
+    assert [result["text"] for result in results(capsys, *arguments)] == texts
+    further = results(capsys, *arguments, "--seed", "1")
+    assert not {result["text"] for result in further} & set(texts)
+    # The first batch has the seed itself.
+    (here / "prompts.txt").write_text("the king\n" * 2)
+    assert [result["text"] for result in results(capsys, *arguments)] == texts[:2]
+
+
+def test_how_long_a_text_may_become_does_not_depend_on_the_prompts_beside_it(
+    make_run, here, capsys, tokenizer
+):
+    make_run("mine", "model.config.n_positions=32")
+    prompts = ["the king", "the river", "the city and the king of a war and a war", "the music"]
+    (here / "prompts.txt").write_text("\n".join(prompts))
+    found = results(capsys, "--prompts-file", "prompts.txt", "--temperature", "0")
+    assert [result["prompt"] for result in found] == prompts
+    for prompt, result in zip(prompts, found, strict=True):
+        assert result["tokens"] <= 32 - len(tokenizer(prompt)["input_ids"])
+        assert results(capsys, "--prompt", prompt, "--temperature", "0") == [result]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -139,7 +171,12 @@ def test_prompts_of_a_file_as_json(make_run, here, capsys, tokenizer):
         (["mine", "--prompt", "a", "--batch-size", "0"], 2, "--batch-size 0 must be at least 1"),
         (["mine", "--prompts-file", "none.txt"], 1, "no file 'none.txt' with prompts"),
         (["mine", "--prompts-file", "empty.txt"], 1, "'empty.txt' holds no prompt"),
-        (["mine", "--prompt", "a", "--device", "fast"], 1, "--device fast cannot be used"),
+        (
+            ["none", "--prompt", "a", "--device", "fast"],
+            2,
+            "--device: 'fast' is no device; type cpu",
+        ),
+        (["none", "--prompt", "a", "--prompts-file", "f"], 2, "or --prompts-file FILE, not both"),
         (["other", "--prompt", "a"], 1, "no checkpoint other; give the name of a run, .*: bare, m"),
         (["bare", "--prompt", "a"], 1, "comes without a tokenizer; type --tokenizer"),
         (["mine", "--prompt", "the " * 40], 1, "shorten the prompt"),

@@ -12,6 +12,8 @@ from tiny_runs import Runs, assert_equal
 import slope
 from slope.configs import compose
 from slope.data import BatchLoader, prepare
+from slope.export.dense import save_dense
+from slope.linear import AdaptedLinear
 from slope.methods import PrunedLinear
 from slope.models import build_model
 from slope.training import initial, program
@@ -152,22 +154,23 @@ def test_zeros_of_a_sparse_run_stay_zeros(trained):
     assert (weight != 0).unflatten(0, (-1, 4)).sum(1).le(2).all()
 
 
-@pytest.mark.parametrize("writer", ["slope", "transformers"])
+@pytest.mark.parametrize("writer", ["slope", "hf", "transformers"])
 def test_an_exported_folder_is_a_start(trained, tmp_path, writer):
     torch.manual_seed(0)
     model = gpt2(trained).eval()
-    if writer == "slope":
+    if writer != "transformers":
         slope.sparsify(model, slope.SparsityConfig(adapter_rank=4))
         slope.activate_adapters(model)
         with torch.no_grad():
             for parameter in slope.adapter_parameters(model):
                 parameter.normal_()
-        slope.save_pretrained(model, tmp_path / "out")
+        (slope.save_pretrained if writer == "slope" else save_dense)(model, tmp_path / "out")
     else:
         model.save_pretrained(tmp_path / "out")
     other = gpt2(trained)
-    initial.load_into(other, initial.read(tmp_path / "out"))
-    assert not any(isinstance(module, slope.SlopeLinear) for module in other.modules())
+    sparse = initial.load_into(other, initial.read(tmp_path / "out"))
+    assert (sparse is not None) == (writer == "slope")
+    assert not any(isinstance(module, AdaptedLinear) for module in other.modules())
     assert other.lm_head.weight is other.transformer.wte.weight
     ids = torch.arange(64).view(2, 32)
     torch.testing.assert_close(other.eval()(ids).logits, model(ids).logits)

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -44,6 +45,13 @@ def parser(command: str, about: str, epilog: str | None = None) -> argparse.Argu
         help="show where an error came from (or set SLOPE_TRACEBACK=1)",
     )
     return made
+
+
+def device(text: str) -> str:
+    """The type of an argument that is ``auto`` or names a device, be there such a one or not."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; type cpu, cuda or cuda:N")
+    return text
 
 
 def print_config(

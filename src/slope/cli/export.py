@@ -65,51 +65,78 @@ def run(arguments: list[str]) -> int:
     """Load, prune if asked to, and write."""
     options = parse(arguments)
 
-    from slope.deploy import prune
-    from slope.deploy.source import quiet_transformers
-    from slope.export.dense import ADAPTER_FOLDER
+    from slope.export.folder import check_target
 
+    # What would fail after the work fails before it, and before seconds of imports.
+    check_target(options.output, options.force)
+
+    from slope.deploy import read_calibration
+    from slope.deploy.source import quiet_transformers
+
+    text = None if options.calibration is None else read_calibration(options.calibration)
     source = open_source(options)
-    if options.sparsify is not None:
-        prune(
-            source.model,
-            options.sparsify,
-            options.pattern,
-            tokenizer=source.tokenizer,
-            calibration=options.calibration,
-        )
+    facts: dict[str, Any] = {} if options.sparsify is None else _prune(source, options, text)
     with quiet_transformers():
-        facts = _write(source, options)
+        facts = _write(source, options) | facts
     if options.json:
         print(common.as_json(facts))
-        return 0
+    else:
+        _print(facts, source, options)
+    return 0
+
+
+def _prune(source: Any, options: Namespace, text: str | None) -> dict[str, Any]:
+    """Make a dense model sparse; what it was measured on, for the JSON."""
+    from slope.deploy import calibration_ids, prune
+    from slope.deploy.prune import CALIBRATION_SEQUENCES
+
+    if text is None:
+        prune(source.model, options.sparsify, options.pattern)
+        return {}
+    ids = calibration_ids(source.model, source.tokenizer, text)
+    prune(source.model, options.sparsify, options.pattern, calibration=ids)
+    sequences, tokens = ids.shape
+    said = f"calibrated on {sequences} x {tokens} tokens (sequences x length)"
+    if sequences < CALIBRATION_SEQUENCES:
+        said += (
+            f"; note: {CALIBRATION_SEQUENCES} sequences are usual, and fewer give less certain "
+            "masks; give --calibration a longer text"
+        )
+    print(said, file=sys.stderr)
+    return {"calibration": {"sequences": sequences, "tokens": tokens}}
+
+
+def _print(facts: dict[str, Any], source: Any, options: Namespace) -> None:
+    from slope.export.lora import ADAPTER_FOLDER
+
     print(facts["summary"])
     if source.tokenizer is None and options.format != "peft":
         print("no tokenizer came with the checkpoint: none was written (--tokenizer PATH adds it)")
     if (options.output / ADAPTER_FOLDER).is_dir():
         print(f"the adapters are in {options.output / ADAPTER_FOLDER}, for peft")
     print(f"written: {facts['output']} ({facts['bytes'] / 1e6:.1f} MB)")
-    return 0
 
 
 def _write(source: Any, options: Namespace) -> dict[str, Any]:
     import slope
     from slope.export import save_dense, save_peft
-    from slope.layers import adapted_layers, pruned_layers
+    from slope.export.card import contents
+    from slope.export.lora import active_adapters
+    from slope.layers import pruned_layers, sparse_layers
 
     model, output, force = source.model, options.output, options.force
-    if options.format == "slope" and not any(True for _ in adapted_layers(model)):
+    methods = {layer.method.name for _, layer in pruned_layers(model)}
+    if options.format == "slope" and not methods and not any(True for _ in sparse_layers(model)):
         raise ValueError(
             f"'{source.path}' is dense, so there is nothing to compress; type --sparsify magnitude "
-            "to make it sparse, or --format hf."
+            "to make it sparse (--sparsify zeros: by the zeros that it has), or --format hf."
         )
-    methods = {layer.method.name for _, layer in pruned_layers(model)}
     for method in sorted(methods & {"static-input", "dynamic-input"}):
         print(f"note: what {method} prunes of inputs is in no weight; it is lost", file=sys.stderr)
     if options.format == "slope":
         if methods:
             slope.compress_weights(model, fold_adapters=True)
-        for _, layer in slope.sparse_layers(model):
+        for _, layer in sparse_layers(model):
             # Training would refresh it before its next use; as it is, it only takes room.
             if layer.column_mask_interval == 1:
                 layer.refresh_column_mask()
@@ -118,13 +145,26 @@ def _write(source: Any, options: Namespace) -> dict[str, Any]:
         path = save_dense(model, output, source.tokenizer, fold_adapters=options.fold, force=force)
     else:
         path = save_peft(model, output, force=force)
-    report = slope.sparsity_report(model)
+    adapters, held = len(active_adapters(model)), contents(model, folded=options.fold)
     return {
         "source": str(source.path),
         "format": options.format,
         "output": str(path),
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
-        "summary": report.summary(),
-        "sparse_layers": len(report.sparse),
+        "summary": _summary(held, adapters, options),
+        "sparse_layers": 0 if options.format == "peft" else len(held.sparse),
+        "adapters": adapters,
         "tokenizer": source.tokenizer is not None,
     }
+
+
+def _summary(held: Any, adapters: int, options: Namespace) -> str:
+    """What was written, in a line."""
+    if options.format == "peft":
+        return f"the adapters of {adapters} linear layers"
+    kept = f"{held.summary()}, written dense with their zeros"
+    if options.fold and adapters:
+        layers = f"{adapters} of {len(held.layers)} linear layers"
+        folded = f"written dense, adapters added into the weights of {layers}"
+        return f"{folded}; {kept}" if held.sparse else folded
+    return kept if options.format == "hf" and held.sparse else str(held.summary())

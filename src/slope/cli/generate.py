@@ -35,17 +35,22 @@ def parse(arguments: list[str]) -> Namespace:
     add("--prompt", action="append", metavar="TEXT", help="may be given several times")
     add("--prompts-file", type=Path, metavar="FILE", help="a prompt per line; - is standard input")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; default: 8")
-    add("--max-new-tokens", type=int, metavar="N", help="default: 128, or what the context leaves")
+    add("--max-new-tokens", type=int, metavar="N",
+        help="default: 128, or what the context leaves after the prompt")  # fmt: skip
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default: 0.8")
     add("--top-k", type=int, default=50, metavar="K", help="0 means all tokens; default: 50")
     add("--top-p", type=float, default=1.0, metavar="P", help="share of probability; default: 1")
-    add("--seed", type=int, default=0, metavar="N", help="of the draws; default: 0")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of the draws, which depend on --batch-size too; default: 0")  # fmt: skip
     add("--fold", action="store_true", help="make the model dense, adapters added into the weights")
-    add("--device", default="auto", help="cpu, cuda or cuda:N; default: cuda if there is one")
+    add("--device", type=common.device, default="auto",
+        help="cpu, cuda or cuda:N; default: cuda if there is one")  # fmt: skip
     add("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_intermixed_args(arguments)
-    if (options.prompt is None) == (options.prompts_file is None):
+    if options.prompt is None and options.prompts_file is None:
         parser.error("give --prompt TEXT or --prompts-file FILE")
+    if options.prompt is not None and options.prompts_file is not None:
+        parser.error("give --prompt TEXT or --prompts-file FILE, not both")
     if options.batch_size < 1:
         parser.error(f"--batch-size {options.batch_size} must be at least 1")
     return options
@@ -56,7 +61,7 @@ def run(arguments: list[str]) -> int:
     options = parse(arguments)
     prompts = options.prompt or _read_prompts(options.prompts_file)
 
-    from slope.deploy.generate import Sampling, encode, generate
+    from slope.deploy.generate import Sampling, batches, encode, generate
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     try:
@@ -69,14 +74,15 @@ def run(arguments: list[str]) -> int:
             f"'{source.path}' comes without a tokenizer; type --tokenizer <a tokenizer.json, or a "
             "folder that holds one>."
         )
-    encode(source.model, source.tokenizer, prompts, sampling)  # all of them, before the first
+    # All of them, before the first is generated.
+    _, rooms = encode(source.model, source.tokenizer, prompts, sampling)
     model = prepared(source.model, options)
     stream = len(prompts) == 1 and not options.json
     results: list[dict[str, Any]] = []
     seconds = 0.0
-    for start in range(0, len(prompts), options.batch_size):
-        batch = prompts[start : start + options.batch_size]
-        done = generate(model, source.tokenizer, batch, sampling, _write if stream else None)
+    for number, batch in enumerate(batches(prompts, rooms, options.batch_size)):
+        chosen = sampling.of_batch(number)
+        done = generate(model, source.tokenizer, batch, chosen, _write if stream else None)
         seconds += done.seconds
         for prompt, text, tokens in zip(batch, done.texts, done.tokens, strict=True):
             results.append({"prompt": prompt, "text": text, "tokens": tokens})

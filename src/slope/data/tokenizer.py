@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,17 @@ def from_plain(plain: dict[str, Any]) -> PreTrainedTokenizerFast:
         model_max_length=plain["max_length"],
         **plain["roles"],
     )
+
+
+def other_word(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
+    """The entry of the smallest id in ``ours`` that has another one in ``theirs``, or none.
+
+    Example:
+        >>> other_word({"a": 0, "b": 1, "c": 2}, {"a": 0, "c": 1, "b": 2})
+        'b'
+    """
+    others = (word for word, number in ours.items() if theirs.get(word) != number)
+    return min(others, key=lambda word: ours[word], default=None)
 
 
 def bpe_vocab_size(spec: str) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -45,6 +47,20 @@ class Sampling:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**64 - 1.")
 
+    def of_batch(self, number: int) -> Sampling:
+        """The same for one of several batches, each with draws of its own; the first is number 0.
+
+        Example:
+            >>> seeds = [Sampling(seed=7).of_batch(number).seed for number in range(3)]
+            >>> seeds[0], len(set(seeds))
+            (7, 3)
+        """
+        if not number:
+            return self
+        # Not seed + number, which is the seed of somebody's next command.
+        digest = hashlib.sha256(f"{self.seed}:{number}".encode()).digest()
+        return replace(self, seed=int.from_bytes(digest[:8], "big"))
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -79,7 +95,8 @@ def generate(
         model: a causal language model of `transformers`, dense or sparse, in eval mode.
         tokenizer: of `transformers`.
         prompts: texts; an empty one starts from the end-of-text token.
-        sampling: how tokens are chosen.
+        sampling: how tokens are chosen. Without ``max_new_tokens`` the longest prompt sets the
+            limit of all; :func:`batches` keeps those together that have the same.
         on_text: called with the prompt, and then with each piece of text as soon as it is known;
             for one prompt alone.
 
@@ -87,7 +104,7 @@ def generate(
         ValueError: if the model cannot generate, or a prompt and the new tokens exceed its context.
     """
     sampling = sampling or Sampling()
-    ids, new = encode(model, tokenizer, prompts, sampling)
+    ids, rooms = encode(model, tokenizer, prompts, sampling)
     end = tokenizer.eos_token_id
     longest = max(map(len, ids))
     padding = 0 if end is None else end
@@ -106,7 +123,7 @@ def generate(
         output = model.generate(
             batch.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=new,
+            max_new_tokens=min(rooms),
             eos_token_id=end,
             pad_token_id=padding,
             cache_implementation="static",
@@ -122,8 +139,8 @@ def generate(
 
 def encode(
     model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling
-) -> tuple[list[list[int]], int]:
-    """Token ids of each prompt, and how many tokens to add to them at most.
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of each prompt, and how many tokens to add to each at most.
 
     Raises:
         ValueError: as :func:`generate` does.
@@ -132,8 +149,29 @@ def encode(
         raise ValueError(
             f"{type(model).__name__} is no causal language model, so it cannot generate text."
         )
+    context = getattr(model.config, "max_position_embeddings", None)
     ids = [_encode(tokenizer, prompt, tokenizer.eos_token_id) for prompt in prompts]
-    return ids, _room(model, prompts, ids, sampling.max_new_tokens)
+    rooms = []
+    for number, (prompt, row) in enumerate(zip(prompts, ids, strict=True), start=1):
+        name = f"prompt {number} ({prompt[:30]!r}…)"
+        rooms.append(_room(context, name, len(row), sampling.max_new_tokens))
+    return ids, rooms
+
+
+def batches(prompts: Sequence[str], rooms: Sequence[int], size: int) -> Iterator[list[str]]:
+    """Consecutive prompts, at most ``size``, that may get equally many tokens.
+
+    So how long a text may become does not depend on the prompts beside it.
+
+    Example:
+        >>> list(batches(["a", "b", "c", "long", "d"], [128, 128, 128, 9, 128], 2))
+        [['a', 'b'], ['c'], ['long'], ['d']]
+    """
+    pairs = zip(prompts, rooms, strict=True)
+    for _, group in groupby(pairs, key=lambda pair: pair[1]):
+        alike = [prompt for prompt, _ in group]
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
 
 
 def _encode(tokenizer: Any, prompt: str, end: int | None) -> list[int]:
@@ -148,25 +186,21 @@ def _encode(tokenizer: Any, prompt: str, end: int | None) -> list[int]:
     return [end]
 
 
-def _room(model: Any, prompts: Sequence[str], ids: list[list[int]], wanted: int | None) -> int:
-    """How many tokens to add at most."""
-    context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, ids))
+def _room(context: int | None, name: str, tokens: int, wanted: int | None) -> int:
+    """How many tokens to add at most to a prompt of ``tokens``."""
     if context is None:
         return wanted or _NEW_TOKENS
-    place = [len(row) for row in ids].index(longest)
-    which = f"prompt {place + 1} ({prompts[place][:30]!r}…)"
-    if longest >= context:
+    if tokens >= context:
         raise ValueError(
-            f"{which} has {longest} tokens, and the model's context holds {context}, new tokens "
+            f"{name} has {tokens} tokens, and the model's context holds {context}, new tokens "
             "included; shorten the prompt."
         )
-    if wanted is not None and longest + wanted > context:
+    if wanted is not None and tokens + wanted > context:
         raise ValueError(
-            f"{which} has {longest} tokens; with {wanted} new ones they exceed the model's context "
-            f"of {context}; type --max-new-tokens {context - longest}, or shorten the prompt."
+            f"{name} has {tokens} tokens; with {wanted} new ones they exceed the model's context "
+            f"of {context}; type --max-new-tokens {context - tokens}, or shorten the prompt."
         )
-    return wanted or min(_NEW_TOKENS, context - longest)
+    return wanted or min(_NEW_TOKENS, context - tokens)
 
 
 def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:

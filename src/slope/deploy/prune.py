@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from slope.config import SparsityConfig
 from slope.convert import sparsify
+from slope.deploy.adapted import AdaptedDense, apart
 from slope.layers import adapted_layers
 from slope.linear import dense_weight
 from slope.pattern import NMPattern
@@ -27,26 +27,26 @@ def prune(
     by: str,
     pattern: str = "2:4",
     *,
-    tokenizer: Any = None,
-    calibration: str | Path | None = None,
+    calibration: Tensor | None = None,
 ) -> SparsityReport:
     """Sparsify a trained dense model in place, without training.
+
+    The adapters of a dense export stay where they are; one whose layer stays dense is added into
+    the weight.
 
     Args:
         model: dense.
         by: ``"magnitude"``; ``"wanda"`` (arXiv:2306.11695), which reads text; ``"zeros"``, see
             :func:`prune_by_zeros`.
         pattern: N:M pattern.
-        tokenizer: for Wanda, of the model.
-        calibration: for Wanda, a text file: its first 128 sequences of up to 2048 tokens are used.
+        calibration: for Wanda, from :func:`calibration_ids`.
 
     Raises:
         ValueError: if the model is sparse already, or an argument does not fit.
-        FileNotFoundError: if the text is missing.
     """
     if by not in WAYS:
         raise ValueError(f"prune by {by!r} is unknown; choose one of {', '.join(WAYS)}.")
-    if any(True for _ in adapted_layers(model)):
+    if any(not isinstance(layer, AdaptedDense) for _, layer in adapted_layers(model)):
         raise ValueError("the model is sparse already; leave --sparsify away.")
     if (by == "wanda") != (calibration is not None):
         raise ValueError(
@@ -64,15 +64,16 @@ def prune(
             ) from error
     batches = None
     if calibration is not None:
-        batches = _batches(model, tokenizer, Path(calibration))
-    return sparsify(model, SparsityConfig(pattern=pattern, mask=by), batches)
+        batches = [{"input_ids": batch} for batch in calibration.split(_BATCH)]
+    with apart(model):
+        return sparsify(model, SparsityConfig(pattern=pattern, mask=by), batches)
 
 
 def prune_by_zeros(model: nn.Module, pattern: str = "2:4") -> SparsityReport:
     """Sparsify the layers whose zeros are n:m, in place; no weight changes.
 
     A kept weight that is 0.0 cannot be told from a pruned one: of such a group the first zeros are
-    kept.
+    kept. Adapters are treated as by :func:`prune`.
 
     Raises:
         ValueError: if a layer is neither dense nor n:m, or none is n:m.
@@ -89,7 +90,8 @@ def prune_by_zeros(model: nn.Module, pattern: str = "2:4") -> SparsityReport:
     ]
     if not chosen:
         raise ValueError(f"no linear layer holds the zeros of {pattern}.")
-    return sparsify(model, SparsityConfig(pattern=pattern, rules=(*chosen, ("*", "dense"))))
+    with apart(model):
+        return sparsify(model, SparsityConfig(pattern=pattern, rules=(*chosen, ("*", "dense"))))
 
 
 def _has_zeros(name: str, weight: Tensor, pattern: NMPattern) -> bool:
@@ -110,19 +112,50 @@ def _has_zeros(name: str, weight: Tensor, pattern: NMPattern) -> bool:
     raise ValueError(f"layer {name!r} is {zeros:.1%} zeros and not {pattern}: {found}.")
 
 
-def _batches(model: Any, tokenizer: Any, path: Path) -> Iterator[dict[str, Tensor]]:
-    if tokenizer is None:
-        raise ValueError("wanda has text to read, but no tokenizer; type --tokenizer <path>.")
+def read_calibration(path: Path) -> str:
+    """The beginning of a text, as much as 128 sequences can need.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no text in UTF-8, or empty.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no text file '{path}' for --calibration.")
-    length = min(int(model.config.max_position_embeddings), CALIBRATION_LENGTH)
-    # No token has more than some tens of characters; a whole corpus need not be encoded.
-    limit = CALIBRATION_SEQUENCES * length * 16
-    with path.open(encoding="utf-8", errors="replace") as file:
-        ids = tokenizer(file.read(limit), verbose=False)["input_ids"]
-    ids = ids[: CALIBRATION_SEQUENCES * length]
-    if len(ids) < 2:
+    # No token has more than some tens of characters; a whole corpus need not be read.
+    limit = CALIBRATION_SEQUENCES * CALIBRATION_LENGTH * 16
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(limit)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"'{path}' is no text in UTF-8 ({error.reason}); convert it with iconv -t UTF-8, or "
+            "give --calibration another file."
+        ) from error
+    if not text.strip():
         raise ValueError(f"'{path}' holds no text to calibrate with.")
+    return text
+
+
+def calibration_ids(model: Any, tokenizer: Any, text: str) -> Tensor:
+    """Tokens to measure the layers' inputs on, (S, L) int64.
+
+    Args:
+        model: L is its context, but 2048 at most.
+        tokenizer: of the model.
+        text: cut into sequences without overlap, of which the first 128 are taken; the rest of the
+            tokens, too few for one, is left out. A text shorter than one sequence is one.
+
+    Raises:
+        ValueError: if there is no tokenizer, or the text is a single token.
+    """
+    if tokenizer is None:
+        raise ValueError("wanda has text to read, but no tokenizer; type --tokenizer <path>.")
+    context = getattr(model.config, "max_position_embeddings", None) or CALIBRATION_LENGTH
+    length = min(int(context), CALIBRATION_LENGTH)
+    # As much as is needed and not more is encoded.
+    wanted = CALIBRATION_SEQUENCES * length
+    ids = tokenizer(text[: wanted * 16], verbose=False)["input_ids"][:wanted]
+    if len(ids) < 2:
+        raise ValueError("the text for --calibration is one token long; give more of it.")
     length = min(length, len(ids))
-    whole = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    return iter([{"input_ids": batch} for batch in whole.split(_BATCH)])
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)

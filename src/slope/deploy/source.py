@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from slope.data.tokenizer import other_word
 from slope.deploy import published
-from slope.export.dense import ADAPTER_CONFIG
+from slope.deploy.adapted import attach
+from slope.export.folder import is_export
 from slope.export.layout import CONFIG_FILE, SLOPE_FILE
 from slope.export.load import (
     Weights,
@@ -27,7 +29,8 @@ from slope.export.load import (
     read_description,
     reason,
 )
-from slope.export.save import vocabulary
+from slope.export.lora import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, read_lora
+from slope.export.save import vocabulary, vocabulary_sha256
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +44,29 @@ class Source:
 
     Attributes:
         path: the file or folder.
-        model: in eval mode, on the CPU; a model of `transformers`.
+        model: in eval mode, on the CPU; a model of `transformers`. The adapters of an export for
+            `transformers` are active in it.
         tokenizer: of `transformers`, None if none was found.
     """
 
     path: Path
     model: Any
     tokenizer: Any
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a checkpoint says of the tokenizer that its model was trained with.
+
+    Attributes:
+        entries: of its vocabulary.
+        sha256: of which entry has which id.
+        tokenizer: itself.
+    """
+
+    entries: int | None = None
+    sha256: str | None = None
+    tokenizer: Any = None
 
 
 def find(given: str | Path) -> Path:
@@ -90,23 +109,18 @@ def open_source(
     """
     path = find(given)
     _check_kind(path, heads)
-    expected, found = None, None
+    trained = _Trained()
     if path.is_dir() and (path / SLOPE_FILE).is_file():
-        expected = read_description(path).get("vocabulary")
+        description = read_description(path)
+        trained = _Trained(description.get("vocabulary"), description.get("vocabulary_sha256"))
         model: Any = load_pretrained(path, verify=True, training=training)
     elif path.is_dir() and (path / CONFIG_FILE).is_file():
         model = _from_transformers(path)
     elif published.is_published(path):
         model = published.load(path, heads)
     else:
-        model, expected, found = _of_run(path)
-    if tokenizer is not None:
-        found = _read_tokenizer(Path(tokenizer))
-    elif found is None and path.is_dir() and any((path / n).is_file() for n in _TOKENIZER_FILES):
-        found = _read_tokenizer(path)
-    if found is not None:
-        _check_tokenizer(found, model, path, expected)
-    return Source(path, model.eval(), found)
+        model, trained = _of_run(path)
+    return Source(path, model.eval(), _tokenizer(path, tokenizer, model, trained))
 
 
 def _check_kind(path: Path, heads: int | None) -> None:
@@ -128,8 +142,8 @@ def _check_kind(path: Path, heads: int | None) -> None:
         )
 
 
-def _of_run(path: Path) -> tuple[Any, int, Any]:
-    """Model, entries of the vocabulary and tokenizer of a checkpoint of a run."""
+def _of_run(path: Path) -> tuple[Any, _Trained]:
+    """The model of a checkpoint of a run, and its tokenizer."""
     from slope.data.tokenizer import from_plain
     from slope.models import build_model
     from slope.training import checkpoint as checkpoints
@@ -164,7 +178,7 @@ def _of_run(path: Path) -> tuple[Any, int, Any]:
             eos_token_id=getattr(tokenizer, "eos_token_id", None),
         )
     initial.restore(model, weights)
-    return model, entries, tokenizer
+    return model, _Trained(entries, tokenizer=tokenizer)
 
 
 def _from_transformers(path: Path) -> Any:
@@ -223,6 +237,9 @@ def _from_transformers(path: Path) -> Any:
             "'%s' holds %d tensors that %s does not have; they are left out: %s",
             path, len(unread), type(model).__name__, ", ".join(unread[:3]),
         )  # fmt: skip
+    beside = path / ADAPTER_FOLDER
+    if any((beside / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        attach(model, read_lora(beside, model))
     return model
 
 
@@ -245,7 +262,38 @@ def _read_tokenizer(path: Path) -> Any:
         ) from error
 
 
-def _check_tokenizer(tokenizer: Any, model: Any, path: Path, expected: int | None) -> None:
+def _tokenizer(path: Path, given: str | Path | None, model: Any, trained: _Trained) -> Any:
+    """The tokenizer that is given, else the one that comes with the model; None if there is none.
+
+    Raises:
+        ValueError: if it is not the one that the model was trained with, as far as that is known.
+    """
+    own = trained.tokenizer
+    if own is None:
+        own = _beside(path, optional=given is not None)
+    found = own if given is None else _read_tokenizer(Path(given))
+    if found is None:
+        return None
+    _check_size(found, model, path, trained.entries)
+    if trained.tokenizer is None and not is_export(path):
+        own = None  # in a foreign folder it may be replaced by any that fits
+    _check_words(found, own, path, trained.sha256)
+    return found
+
+
+def _beside(path: Path, optional: bool) -> Any:
+    """The tokenizer that lies in a folder; None without one, or if ``optional`` and unreadable."""
+    if not path.is_dir() or not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return _read_tokenizer(path)
+    except ValueError:
+        if optional:
+            return None
+        raise
+
+
+def _check_size(tokenizer: Any, model: Any, path: Path, expected: int | None) -> None:
     size = vocabulary(tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
     if size > rows or (expected is not None and size != expected):
@@ -253,6 +301,36 @@ def _check_tokenizer(tokenizer: Any, model: Any, path: Path, expected: int | Non
             f"the tokenizer has {size:,} entries, but the model of '{path}' was made for "
             f"{expected or rows:,}; type --tokenizer <the one that it was trained with>."
         )
+
+
+def _check_words(tokenizer: Any, own: Any, path: Path, sha256: str | None) -> None:
+    """See that a tokenizer gives its entries the ids that the model was trained with.
+
+    Args:
+        tokenizer: the one to use.
+        own: the one that comes with the model, if any.
+        path: of the model.
+        sha256: of the entries and ids; whoever differs from it is not the model's.
+    """
+    if sha256 is not None:
+        if vocabulary_sha256(tokenizer) == sha256:
+            return
+        if own is not None and vocabulary_sha256(own) != sha256:
+            own = None
+    words = tokenizer.get_vocab()
+    trained = {} if own is None else own.get_vocab()
+    word = None if own is None else other_word(words, trained)
+    if word is not None:
+        differs = f"{word!r} is its entry {words[word]} and was {trained.get(word, 'none')}"
+    elif sha256 is not None:
+        differs = f"it has as many entries, {vocabulary(tokenizer):,}, but other ones than"
+    else:
+        return
+    raise ValueError(
+        f"the tokenizer does not fit the model of '{path}': {differs} when the model was trained; "
+        "type --tokenizer <the one that it was trained with>"
+        + ("." if own is None else ", or leave it away: it comes with the model.")
+    )
 
 
 @contextmanager

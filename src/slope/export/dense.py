@@ -1,29 +1,23 @@
 """Formats that other people's code loads: dense with zeros for `transformers`, adapters for `peft`.
 
 The dense folder is what ``AutoModelForCausalLM.from_pretrained`` reads, zeros included. A PEFT
-folder holds the adapters as LoRA: A = down (R, I), B = up (O, R), and lora_alpha / r = scale.
+folder holds the adapters as a LoRA: see :mod:`slope.export.lora`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from slope.convert import densify
-from slope.export.card import write_card
+from slope.export.card import contents, write_card
 from slope.export.folder import new_folder
+from slope.export.lora import ADAPTER_FOLDER, active_adapters, write_lora
 from slope.export.save import SHARD_BYTES, unwrap, write_tokenizer
 from slope.layers import adapted_layers, adapter_layers, deactivate_adapters
-from slope.linear import AdaptedLinear
-
-ADAPTER_FOLDER = "adapter"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_dense(
@@ -61,8 +55,8 @@ def save_dense(
     # A copy of the modules around the same tensors.
     tensors = (*model.parameters(), *model.buffers())
     dense: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    active = _active(model)
-    beside = bool(active) and not fold_adapters
+    active = active_adapters(model)
+    folded, beside = bool(active) and fold_adapters, bool(active) and not fold_adapters
     if beside:
         deactivate_adapters(dense)
     if any(True for _ in adapted_layers(dense)):
@@ -70,11 +64,13 @@ def save_dense(
     with new_folder(directory, force) as draft:
         dense.save_pretrained(draft, max_shard_size=SHARD_BYTES)
         write_tokenizer(draft, tokenizer)
+        zeros = " with their zeros" if contents(model, folded).sparse else ""
         where = f"; adapters in `{ADAPTER_FOLDER}`, for peft" if beside else ""
-        folded = ", adapters added into the weights" if active and fold_adapters else ""
-        write_card(draft, model, "hf", f"Dense weights with their zeros{folded}{where}.")
+        if folded:
+            where = f"; those of {len(active)} layers have their adapters added in, and no zeros"
+        write_card(draft, model, "hf", f"Dense weights{zeros}{where}.", folded)
         if beside:
-            _write_adapters(draft / ADAPTER_FOLDER, model, active, None)
+            write_lora(draft / ADAPTER_FOLDER, model, active, None)
     return Path(directory).resolve()
 
 
@@ -99,7 +95,7 @@ def save_peft(
         OSError: if it cannot be written, for instance on a full disk.
     """
     model = unwrap(model)
-    active = _active(model)
+    active = active_adapters(model)
     if not active:
         sleeping = sum(1 for _ in adapter_layers(model))
         raise ValueError(
@@ -107,52 +103,5 @@ def save_peft(
             "write the model with --format slope or --format hf."
         )
     with new_folder(directory, force) as draft:
-        _write_adapters(draft, model, active, base)
+        write_lora(draft, model, active, base)
     return Path(directory).resolve()
-
-
-def _active(model: nn.Module) -> dict[str, AdaptedLinear]:
-    return {
-        name: layer
-        for name, layer in adapter_layers(model)
-        if layer.adapter and layer.adapter.active
-    }
-
-
-def _write_adapters(
-    folder: Path, model: nn.Module, layers: dict[str, AdaptedLinear], base: str | None
-) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors, ranks, alphas = {}, {}, {}
-    for name, layer in layers.items():
-        adapter = layer.adapter
-        assert adapter is not None
-        for leaf, parameter in (("lora_A", adapter.down), ("lora_B", adapter.up)):
-            tensor = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
-            tensors[f"base_model.model.{name}.{leaf}.weight"] = tensor
-        ranks[name], alphas[name] = adapter.rank, adapter.scale * adapter.rank
-    rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
-    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if causal else None,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
-        "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
-        "target_modules": list(layers),
-        "fan_in_fan_out": all(layer.origin == "Conv1D" for layer in layers.values()),
-        "bias": "none",
-        "lora_dropout": 0.0,
-    }
-    folder.mkdir(exist_ok=True)
-    try:
-        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    write_card(folder, model, "peft", "Adapters of a sparse model, as a LoRA.")

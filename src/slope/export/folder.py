@@ -31,8 +31,7 @@ def new_folder(directory: str | Path, force: bool) -> Iterator[Path]:
         OSError: if it cannot be written; what was there before has not been changed.
     """
     directory = Path(directory).resolve()
-    _clear_up(directory)
-    _check_target(directory, force)
+    check_target(directory, force)
     draft = _beside(directory, "new")
     lock = None
     try:
@@ -54,6 +53,34 @@ def new_folder(directory: str | Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def check_target(directory: str | Path, force: bool) -> None:
+    """See whether an export may be written there; what a killed one left is cleared up.
+
+    Args:
+        directory: the folder to make.
+        force: an earlier export may be replaced.
+
+    Raises:
+        FileExistsError: if it holds something else, or something at all without ``force``.
+    """
+    directory = Path(directory).resolve()
+    _clear_up(directory)
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"'{directory}' is a file; choose another folder for the export.")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not force:
+        raise FileExistsError(
+            f"folder '{directory}' is not empty; choose another one, or pass force=True (--force) "
+            "to replace an earlier export."
+        )
+    if not is_export(directory):
+        raise FileExistsError(
+            f"folder '{directory}' is not empty and holds no {SLOPE_FILE} or model card of slope, "
+            "so it is no earlier export and is not replaced; choose another folder."
+        )
 
 
 def _clear_up(directory: Path) -> None:
@@ -84,24 +111,8 @@ def _lock(draft: Path) -> int | None:
     return descriptor
 
 
-def _check_target(directory: Path, force: bool) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"'{directory}' is a file; choose another folder for the export.")
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
-    if not force:
-        raise FileExistsError(
-            f"folder '{directory}' is not empty; choose another one, or pass force=True (--force) "
-            "to replace an earlier export."
-        )
-    if not _is_export(directory):
-        raise FileExistsError(
-            f"folder '{directory}' is not empty and holds no {SLOPE_FILE} or model card of slope, "
-            "so it is no earlier export and is not replaced; choose another folder."
-        )
-
-
-def _is_export(directory: Path) -> bool:
+def is_export(directory: Path) -> bool:
+    """Whether a folder is one that we wrote, of any format."""
     card = directory / CARD_FILE
     return (directory / SLOPE_FILE).is_file() or (
         card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")

@@ -126,6 +126,7 @@ def read_description(directory: Path) -> dict[str, Any]:
         description.setdefault("files", {})  # it had no checksums
     kinds: dict[str, Any] = {"layers": dict, "tied": dict, "buffers": list, "files": dict}
     kinds["vocabulary"] = (int, type(None))
+    kinds["vocabulary_sha256"] = (str, type(None))  # not in files written before it was there
     for key, kind in kinds.items():
         if not isinstance(description.get(key), kind):
             raise ValueError(
@@ -158,8 +159,10 @@ class Weights:
         if not self.path.is_file() and (directory / INDEX_FILE).is_file():
             self.path = directory / INDEX_FILE
             index = _read_index(self.path)
+        elif not self.path.is_file() and any(directory.glob("model-*.safetensors")):
+            self.path = directory / INDEX_FILE  # of the shards that are there
         self._files: dict[str, Any] = {}
-        self.files = [WEIGHTS_FILE] if index is None else sorted(set(index.values()))
+        self.files = [self.path.name] if index is None else sorted(set(index.values()))
         for name in self.files:
             path = directory / name
             if not path.is_file():
@@ -275,19 +278,22 @@ def _check_shape(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
 
 def _build(directory: Path, description: dict[str, Any]) -> nn.Module:
     """The model that `config.json` describes, parameters on the meta device."""
-    if not (directory / CONFIG_FILE).is_file():
-        raise FileNotFoundError(
-            f"'{directory}' holds no {CONFIG_FILE}: the exported {description.get('architecture')} "
-            "is no model of transformers. Build one and type "
-            "slope.load_pretrained(directory, model=model)."
-        )
     import transformers
 
+    architecture = description.get("architecture")
+    if not (directory / CONFIG_FILE).is_file():
+        what = f"'{directory}' holds no {CONFIG_FILE}"
+        raise FileNotFoundError(
+            f"{what}, which {architecture} is built from; it is incomplete, copy it again."
+            if hasattr(transformers, str(architecture))
+            else f"{what}: the exported {architecture} is no model of transformers. Build one and "
+            "type slope.load_pretrained(directory, model=model)."
+        )
     options = {}
     attention = description.get("attn_implementation")
     if attention in ("eager", "sdpa"):  # others need packages that may not be here
         options["attn_implementation"] = attention
-    kind = model_class(description.get("architecture"))
+    kind = model_class(architecture)
     config = read_config(directory, **options)
     try:
         with parameters_on_meta():

@@ -171,7 +171,9 @@ def _write(
     tokenizer: Any,
 ) -> None:
     description["files"] = _write_tensors(draft, tensors)
-    description["vocabulary"] = None if tokenizer is None else vocabulary(tokenizer)
+    given = tokenizer is not None
+    description["vocabulary"] = vocabulary(tokenizer) if given else None
+    description["vocabulary_sha256"] = vocabulary_sha256(tokenizer) if given else None
     (draft / SLOPE_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     write_card(draft, model, "slope", "Compressed weights: kept values and a bitmask.")
     config: Any = getattr(model, "config", None)
@@ -218,6 +220,12 @@ def write_tokenizer(draft: Path, tokenizer: Any) -> None:
 def vocabulary(tokenizer: Any) -> int:
     """Largest id of a tokenizer plus one: the rows that an embedding needs."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def vocabulary_sha256(tokenizer: Any) -> str:
+    """SHA-256, in hex, of which entry of a tokenizer has which id."""
+    entries = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 import slope
+from slope.data.tokenizer import other_word
+from slope.export.lora import ADAPTER_CONFIG, ADAPTER_FOLDER
 from slope.finetune.config import Settings
 from slope.finetune.features import WordPieces, load_word_pieces
 from slope.layers import adapted_layers, pruned_layers
@@ -90,6 +92,13 @@ def _from_transformers(path: Path) -> Any:
             f"init_from={path} is incomplete: it has no {', '.join(missing[:3])} "
             f"({len(missing)} tensors are missing)."
         )
+    beside = path / ADAPTER_FOLDER
+    if (beside / ADAPTER_CONFIG).is_file():
+        log.warning(
+            "'%s' holds adapters, which are not read; to fine-tune with them, start from the "
+            "checkpoint or from slope export --format slope.",
+            beside,
+        )
     if info["missing_keys"]:
         model.pooler = None  # new weights are the head's business
     return model
@@ -129,9 +138,8 @@ def _check_words(settings: Settings, pieces: WordPieces, weights: initial.Weight
     else:
         with suppress(FileNotFoundError):
             theirs = load_word_pieces(None, settings.init_from).backend.get_vocab()
-    others = [word for word, number in ours.items() if theirs.get(word) != number]
-    if others:
-        other = min(others, key=lambda word: ours[word])
+    other = other_word(ours, theirs)
+    if other is not None:
         raise ValueError(
             f"tokenizer '{pieces.path}' does not fit the checkpoint {settings.init_from}: "
             f"{other!r} is its entry {ours[other]} and was {theirs.get(other, 'none')} when the "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import slope
 from slope import configs
 from slope.data.hashes import hash_file
+from slope.layers import pruned_layers
 from slope.linear import AdaptedLinear
 from slope.training import checkpoint as checkpoints
 from slope.training import pruner
@@ -198,8 +199,9 @@ def load_into(model: nn.Module, weights: Weights) -> str | None:
     else:
         _load_transformers(model, weights.path)
     sparse = None
-    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+    if any(True for _ in pruned_layers(model)) or any(True for _ in slope.sparse_layers(model)):
         sparse = slope.sparsity_report(model).summary()
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
         slope.densify(model, fold_adapters=True)
     model.to(torch.get_default_dtype()).train()
     return sparse
@@ -289,6 +291,9 @@ def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -
 
 
 def _load_transformers(model: nn.Module, path: Path) -> None:
+    from slope.deploy.adapted import attach
+    from slope.export.lora import ADAPTER_CONFIG, ADAPTER_FOLDER, read_lora
+
     kind: Any = type(model)
     loaded, info = kind.from_pretrained(path, output_loading_info=True, local_files_only=True)
     there = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}
@@ -297,3 +302,6 @@ def _load_transformers(model: nn.Module, path: Path) -> None:
         path, there, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     )
     model.load_state_dict(loaded.state_dict())
+    beside = path / ADAPTER_FOLDER
+    if (beside / ADAPTER_CONFIG).is_file():  # of our own export
+        attach(model, read_lora(beside, model))
