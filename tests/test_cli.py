@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -71,6 +72,7 @@ def test_only_the_first_process_speaks(
         (["config", "seeed=1"], "did you mean 'seed'"),
         (["train", "experiment=demo", "--unknown"], "unrecognized arguments: --unknown"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
+        (["foo"], "unknown command 'foo'; commands: train, finetune, "),
         (["train", "experiment=compare/smoke"], "type `slope compare experiment=compare/smoke`"),
         (["plot"], "required: RUN"),
         (["plot", "a", "--output", "a.pdf"], "--output a.pdf must end in .png or .svg"),
@@ -184,9 +186,15 @@ def test_nothing_to_train_lists_no_comparison(capsys: pytest.CaptureFixture[str]
     assert "compare/" not in capsys.readouterr().err
 
 
-def test_no_command_prints_help_and_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 2
-    assert "usage: slope" in capsys.readouterr().out
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_no_command_prints_help_on_stderr_and_is_wrong(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    wrong = capsys.readouterr()
+    assert wrong.out == "" and wrong.err.startswith("usage: slope")
+    assert cli.main([*arguments, "--help"]) == 0
+    assert capsys.readouterr() == (wrong.err, "")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +272,7 @@ def test_plot_finds_a_run_by_name_or_folder(
     monkeypatch.setattr(plotting, "plot_run", draw)
     for given in ("mine", "logs/mine"):
         assert cli.main(["plot", given, "--against", "time"]) == 0
-        assert capsys.readouterr().out == "logs/mine/time.png\n"
+        assert capsys.readouterr().out == "logs/mine/time.png\nlogs/mine/time.svg\n"
     assert cli.main(["plot", "mine", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "runs": ["logs/mine"],
@@ -282,10 +290,16 @@ def test_plot_draws_several_runs_into_one_picture(
         Path("logs", name).mkdir(parents=True)
         Path("logs", name, "metrics.csv").write_text("step,train/loss\n1,5\n2,4\n")
     assert cli.main(["plot", "a", "b"]) == 0
-    assert capsys.readouterr().out == "runs.png\n"
+    assert capsys.readouterr().out == "runs.png\nruns.svg\n"
     assert cli.main(["plot", "a", "b"]) == 1
     assert "'runs.png' exists; give --force to replace it" in capsys.readouterr().err
     assert cli.main(["plot", "a", "b", "--force"]) == 0
+    capsys.readouterr()
+    assert cli.main(["plot", "a", "--output", "a.svg"]) == 0
+    assert capsys.readouterr().out == "a.png\na.svg\n"
+    assert cli.main(["plot", "a", "--output", "none/a.svg"]) == 1
+    assert "no folder 'none' for --output none/a.svg; make it." in capsys.readouterr().err
+    assert not Path("none").exists()
 
 
 @pytest.mark.parametrize("command", ["plot", "report"])
@@ -326,8 +340,27 @@ COMP_LINE=$1; COMP_POINT=${#1}; read -ra COMP_WORDS <<< "${1//=/ = }"
 COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 ))
 _slope; printf '%s\\n' "${COMPREPLY[@]}"
 """,
+    "zsh": """
+source ./script
+words=(${=1}); [[ $1 == *' ' ]] && words+=(''); CURRENT=$#words
+COMP_LINE=$1 COMP_POINT=$#1 compgen -F _slope -- "$words[-1]" | grep -e "^$words[-1]"; true
+""",
     "fish": "source ./script; complete -C $argv[1] | string replace -r '\\t.*' ''; true",
 }
+
+
+@pytest.fixture(scope="module")
+def completion_scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the script of every shell, runs and checkpoints."""
+    folder = tmp_path_factory.mktemp("completion")
+    (folder / "scripts").mkdir()
+    for shell in _TAB:
+        with (folder / "scripts" / shell).open("w") as file, contextlib.redirect_stdout(file):
+            assert cli.main(["completion", shell]) == 0
+    for made in ("logs/first", "logs/fine=0.1", "logs/f$(touch bad)", "checkpoints/final"):
+        (folder / made).mkdir(parents=True)
+    (folder / "logs/file").touch()
+    return folder
 
 
 @pytest.mark.parametrize("shell", _TAB)
@@ -340,22 +373,38 @@ _slope; printf '%s\\n' "${COMPREPLY[@]}"
         ("slope train --li", set()),  # its help names `slope config --list`
         ("slope completion fi", {"fish"}),
         ("slope train experiment=dem", {"experiment=demo"}),
+        ("slope  plot  a --against ", {"steps", "tokens", "time"}),
+        ("slope export my-run --format h", {"hf"}),
+        ("slope export --sparsify ", {"magnitude", "wanda", "zeros"}),
+        ("slope eval my-run --dtype f", {"float32", "float16"}),
+        ("slope bench t", {"train"}),
+        ("slope bench layer --dtype ", {"bf16", "fp16", "fp32"}),
+        ("slope bench train --preci", {"--precision"}),
+        ("slope plot f", {"first", "fine=0.1"}),
+        ("slope report --json fi", {"first", "fine=0.1"}),
+        ("slope inspect fi", {"final"}),
+        ("slope export fi", {"final"}),
     ],
 )
 def test_a_shell_completes(
-    shell: str, line: str, completed: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shell: str, line: str, completed: set[str], completion_scripts: Path, tmp_path: Path
 ) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    assert cli.main(["completion", shell]) == 0
-    (tmp_path / "script").write_text(capsys.readouterr().out)
-    (tmp_path / "tab").write_text(_TAB[shell])
-    command = [shell, "tab", line]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    (tmp_path / "tab").write_text(_TAB[shell].replace("./script", f"./scripts/{shell}"))
+    done = subprocess.run(
+        [shell, tmp_path / "tab", line],
+        capture_output=True,
+        text=True,
+        cwd=completion_scripts,
+        env={**os.environ, "HOME": str(tmp_path)},
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    if shell == "bash":  # where "=" ends a word
+    if shell == "bash" and "=" in line:  # which ends a word
         completed = {word.rpartition("=")[2] for word in completed}
     assert set(done.stdout.split()) == completed
+    assert not (completion_scripts / "bad").exists()  # which a folder's name would make
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -363,8 +412,9 @@ def test_completion_knows_all_commands(shell: str, capsys: pytest.CaptureFixture
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
     for command in cli.COMMANDS:
-        behind = script.partition(f"*\\ {command})" if shell != "fish" else f"from {command}'")[2]
-        assert "help" in behind.splitlines()[0] or shell == "fish" and behind
+        start = f"    {command}\\ " if shell != "fish" else f'__slope_behind "{command} '
+        behind = "".join(line for line in script.splitlines(True) if start in line)
+        assert "help" in behind
     assert ("bashcompinit" in script) == (shell == "zsh")
 
 

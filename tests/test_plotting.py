@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from slope import plotting
 from slope.plotting import curves, masks, runs
@@ -45,6 +46,12 @@ def curve(axis, number=0):
     """Places, rounded, and values of a line."""
     line = axis.get_lines()[number]
     return [round(float(x), 6) for x in line.get_xdata()], list(line.get_ydata())
+
+
+def rendered(figure):
+    """The figure, with all its texts where they stand in the picture."""
+    FigureCanvasAgg(figure).draw()
+    return figure
 
 
 def labels(axis):
@@ -124,6 +131,25 @@ def test_metrics_without_a_step_and_a_broken_summary_are_errors(tmp_path):
         plotting.plot_run(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "diagnostics.csv"])
+def test_a_table_that_is_no_text_is_named_with_what_to_do(tmp_path, name):
+    write_run(tmp_path)
+    (tmp_path / name).write_bytes("step,layer\n1,x\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=rf"{name}' is no table in UTF-8 .*; restore it .* iconv"):
+        plotting.plot_run(tmp_path)
+
+
+def test_the_title_of_a_long_name_is_inside_the_picture(tmp_path):
+    folder = write_run(tmp_path / ("long-" * 40), summary={"val_loss": 4.2, "tokens": 2e11})
+    write_masks(folder)
+    for picture in (curves, masks):
+        figure = rendered(drawn(folder, picture=picture))
+        (title,) = [text for text in figure.texts if "200.0 billion tokens" in text.get_text()]
+        assert title.get_text().replace("\n", "").startswith("long-" * 40)
+        extent = title.get_window_extent()
+        assert 0 <= extent.x0 < extent.x1 <= figure.bbox.x1
+
+
 # -- the masks -------------------------------------------------------------------------------------
 
 MASK_COLUMNS = [
@@ -192,6 +218,21 @@ def test_a_single_measurement_and_none_do_not_stop_the_picture(tmp_path):
     drawn(folder, picture=masks).savefig(folder / "x.svg")
 
 
+def test_a_single_measurement_of_several_runs_tells_forward_from_backward(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("a", "b")]
+    for folder in folders:
+        write_masks(folder, steps=(40,))
+    figure = drawn(*folders, picture=masks)
+    dots = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 1]
+    assert [line.get_markerfacecolor() == "white" for line in dots] == [False, True] * 2
+    assert figure.axes[0].get_xlim()[0] == 0
+    shown = {text.get_text(): handle for text, handle in zip(
+        figure.legends[0].get_texts(), figure.legends[0].legend_handles, strict=True
+    )}  # fmt: skip
+    assert shown["input gradient"].get_markerfacecolor() == "white"
+    assert shown["forward"].get_markerfacecolor() != "white"
+
+
 # -- against tokens and time, and several runs -----------------------------------------------------
 
 
@@ -222,6 +263,30 @@ def test_the_horizontal_axis_is_steps_tokens_or_time(tmp_path, against, label, p
         else:
             between = sum(places[1:]) / 2
             assert curve(figure.axes[0])[0] == [places[1], between]
+
+
+@pytest.mark.parametrize(
+    ("against", "steps", "tokens", "label"),
+    [
+        ("tokens", 99, 1000, "tokens"),
+        ("tokens", 150, 2048, "tokens (thousands)"),
+        ("tokens", 400, 2048, "tokens (thousands)"),
+        ("steps", 99_999, 1, "optimizer steps"),
+        ("steps", 400_000, 1, "optimizer steps (thousands)"),
+        ("steps", 1_000_000, 1, "optimizer steps (thousands)"),
+    ],
+)
+def test_the_numbers_of_the_horizontal_axis_do_not_touch(tmp_path, against, steps, tokens, label):
+    rows = [f"{round(i * steps / 50)},{round(i * steps / 50) * tokens},4.0" for i in range(1, 51)]
+    (tmp_path / "metrics.csv").write_text("\n".join(["step,tokens,train/loss", *rows]))
+    figure = rendered(drawn(tmp_path, against=against))
+    for axis in figure.axes[3:]:
+        assert axis.get_xlabel() == label
+        low, high = axis.get_xlim()
+        ticks = [t for t in axis.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
+        places = [tick.label1.get_window_extent() for tick in ticks]
+        assert len(places) > 2
+        assert all(a.x1 + 8 < b.x0 for a, b in zip(places, places[1:], strict=False))
 
 
 @pytest.mark.parametrize("summed_up", [True, False])
@@ -269,6 +334,35 @@ def test_several_runs_lie_over_each_other_each_in_its_colour(tmp_path):
     assert curve(figure.axes[0])[1][0] > top > 4.5  # the steep beginning is left out
 
 
+@pytest.mark.parametrize("length", [1, 38, 160])
+def test_the_legend_of_many_runs_is_inside_the_picture(tmp_path, length):
+    names = [f"{i:02}-{'name-' * 40}"[:length] + f"-{i:02}" for i in range(10)]
+    summary = {"val_loss": 4.2, "tokens": 20480, "adapters_started_at_step": 31}
+    folders = [write_run(tmp_path / name, summary=summary) for name in names]
+    for folder in folders:
+        write_masks(folder)
+    for picture in (curves, masks):
+        figure = rendered(drawn(*folders, picture=picture))
+        (legend,) = figure.legends
+        texts = [text.get_text().replace("\n", "") for text in legend.get_texts()]
+        assert all(text.startswith(name) for text, name in zip(texts, names, strict=False))
+        extent = legend.get_window_extent()
+        assert 0 <= extent.x0 < extent.x1 <= figure.bbox.x1
+        assert 0 <= extent.y0 < extent.y1 < figure.axes[-1].get_window_extent().y0
+        assert all(axis.get_window_extent().height > 200 for axis in figure.axes)
+
+
+def test_twenty_runs_are_told_apart_in_every_panel(tmp_path):
+    folders = [write_run(tmp_path / f"{i}") for i in range(20)]
+    figure = drawn(*folders)
+    for axis in figure.axes:
+        lines = [line for line in axis.get_lines() if line.get_marker() not in ("None", None)]
+        assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
+    losses = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == "-"]
+    hollow = [line.get_markerfacecolor() == "white" for line in losses]
+    assert hollow == [True, False] * 20  # training, validation
+
+
 def test_masks_of_several_runs_are_their_totals(tmp_path):
     folders = [write_run(tmp_path / name, adapters_from=99) for name in ("a", "b", "dense")]
     write_masks(folders[0])
@@ -284,6 +378,8 @@ def test_pictures_are_replaced_only_when_told_so(tmp_path):
     folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
     write_masks(folders[1])
     output = tmp_path / "new" / "x.svg"
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*new' for --output .*x\.svg; make"):
+        plotting.plot_runs(folders, output)
     output.parent.mkdir()
     output.write_text("precious")
     with pytest.raises(FileExistsError, match=r"x\.svg' exists; give --force"):

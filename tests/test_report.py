@@ -90,6 +90,9 @@ def test_the_page_has_summary_figures_sparsity_and_configuration(folder):
     assert "sparsified 1 of 2 linear layers" in page.text and "measured at step 20" in page.text
     assert "model:\n  family: gpt2" in page.text
     assert "evil.example/x.js" in page.text  # as text
+    # The headings of the measured columns stand above their numbers, the others on the left.
+    headings = [(tag, style) for tag, style in page.elements if tag == "th" and style]
+    assert headings == [("th", {"class": "number"})]
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert len(images) == 2 and all(image["alt"] for image in images)
     for image in images:
@@ -121,11 +124,31 @@ def test_a_run_that_goes_on_is_reported_as_far_as_it_is(folder):
     assert summary_of(folder)["tokens"] == 2000
 
 
+def test_bytes_that_are_no_text_do_not_stop_the_page(folder):
+    finish(folder)
+    for name in ("report.txt", "config.yaml", "sample.txt"):
+        (folder / name).write_bytes(f"{name} caf\xe9\n".encode("latin-1"))
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert page.text.count("caf\ufffd") == 3
+
+
+def test_large_numbers_are_said_in_large_units(folder):
+    summary = {"tokens": 196_608_000_000, "peak_memory_bytes": 3 << 30}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    rows = Page(write_report(folder).read_text(encoding="utf-8")).rows
+    assert rows[0] == ["tokens", "196,608,000,000", "196.6 billion"]
+    assert rows[1] == ["peak_memory_bytes", "3,221,225,472", "3.0 GiB"]
+
+
 def test_the_command_replaces_a_page_only_when_told_so(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder.parent.parent)
     finish(folder)
     output = folder / "kept" / "page.html"
     command = ["report", "mine", "--output", str(output)]
+    assert cli.main(command) == 1
+    assert f"no folder '{output.parent}' for --output {output}; make it." in capsys.readouterr().err
+    assert not output.parent.exists()
+    output.parent.mkdir()
     assert cli.main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["report"] == str(output) and found["summary"]["val_loss"] == 4.1

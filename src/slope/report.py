@@ -12,12 +12,13 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 from slope.plotting import curves, masks
-from slope.plotting.runs import TOTAL, Run, number, read_runs
+from slope.plotting.runs import TOTAL, Run, in_words, number, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.2rem 0.8rem 0.2rem 0; border-bottom: 1px solid #eee; text-align: left;
   vertical-align: top; white-space: nowrap; }
 thead th { border-bottom-color: #999; vertical-align: bottom; white-space: normal; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 0.85rem; }
 pre.text { white-space: pre-wrap; }
 </style>
@@ -66,7 +67,7 @@ $config
 </body>
 </html>
 """)
-_NUMERIC = ' class="number"'
+_NUMBER = re.compile(r"[\d.,]+( \w+)?|[\d:]+ h")  # of a cell, with its unit
 # What `metrics.csv` says of a run that has not been summed up.
 _LAST = ("step", "tokens", "seconds", "train/loss", "val/loss", "tokens_per_second")
 
@@ -86,13 +87,15 @@ def write_report(
 
     Raises:
         FileExistsError: if the page exists and `force` is not given.
-        FileNotFoundError: if there is no `metrics.csv`.
-        ValueError: if it holds no measured step, or `summary.json` is broken.
+        FileNotFoundError: if there is no `metrics.csv`, or the folder of `output` is missing.
+        ValueError: if it holds no measured step, or a file cannot be read.
     """
     folder = Path(log_dir)
     path = folder / FILE if output is None else Path(output)
     if path.exists() and not force:
         raise FileExistsError(f"'{path}' exists; give --force to replace it, or another --output.")
+    if output is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder '{path.parent}' for --output {output}; make it.")
     (run,) = read_runs([folder])
     figures = {
         "Loss, perplexity, learning rate, gradient norm, throughput and memory": curves.draw([run]),
@@ -106,7 +109,6 @@ def write_report(
         sample=_file(folder / "sample.txt", "text"),
         config=_file(folder / "config.yaml", "code"),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, path)
@@ -140,11 +142,12 @@ def _readable(name: str, value: Any) -> tuple[str, str]:
         return ("–" if value is None else str(value)), ""
     text = f"{value:,.4f}" if not float(value).is_integer() else f"{value:,.0f}"
     if "bytes" in name:
-        return text, f"{value / 2**20:,.1f} MiB"
+        large = value >= 2**30
+        return text, f"{value / 2**30:,.1f} GiB" if large else f"{value / 2**20:,.1f} MiB"
     if name.endswith("seconds"):
         minutes, seconds = divmod(round(value), 60)
         return text, f"{minutes // 60}:{minutes % 60:02}:{seconds:02} h"
-    return text, f"{value / 1e6:,.1f} million" if value >= 1e6 else ""
+    return text, in_words(value)
 
 
 def _image(figure: Figure, about: str) -> str:
@@ -159,7 +162,7 @@ def _sparsity(run: Run) -> str:
     path = run.folder / "report.txt"
     if not path.is_file():
         return _missing(path)
-    about, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    about, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
     rows = [re.split(r" {2,}", line.strip(), maxsplit=3) for line in lines if line.strip()]
     measured = {layer: table[-1] for layer, table in run.layers.items()}
     columns = [
@@ -184,21 +187,32 @@ def _share(text: str | None) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first cell of each row names it."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    lines = ["<div><table>", f"<thead><tr>{head}</tr></thead>" if head else "", "<tbody>"]
-    for first, *rest in rows:
-        cells = "".join(
-            f"<td{_NUMERIC if cell[:1].isdigit() else ''}>{escape(cell)}</td>" for cell in rest
+    """A table; the first cell of each row names it, and columns of numbers stand on the right."""
+    rows = list(rows)
+    styles = [_style(column) for column in zip_longest(*rows, fillvalue="")]
+
+    def line(cells: Sequence[str], tags: Iterable[str]) -> str:
+        made = (
+            f"<{tag}{style}>{escape(cell)}</{tag}>"
+            for tag, style, cell in zip(tags, chain(styles, repeat("")), cells, strict=False)
         )
-        lines.append(f"<tr><th>{escape(first)}</th>{cells}</tr>")
-    return "\n".join([*lines, "</tbody></table></div>"])
+        return f"<tr>{''.join(made)}</tr>"
+
+    head = f"<thead>{line(header, repeat('th'))}</thead>" if header else ""
+    body = [line(row, chain(["th"], repeat("td"))) for row in rows]
+    return "\n".join(["<div><table>", head, "<tbody>", *body, "</tbody></table></div>"])
+
+
+def _style(column: Iterable[str]) -> str:
+    """The attribute of a column's cells: that of numbers where most of them are."""
+    numeric = [bool(_NUMBER.fullmatch(cell)) for cell in column if cell]
+    return ' class="number"' if 2 * sum(numeric) > len(numeric) else ""
 
 
 def _file(path: Path, kind: str) -> str:
     if not path.is_file():
         return _missing(path)
-    return f'<pre class="{kind}">{escape(path.read_text(encoding="utf-8"))}</pre>'
+    return f'<pre class="{kind}">{escape(path.read_text(encoding="utf-8", errors="replace"))}</pre>'
 
 
 def _missing(path: Path) -> str:

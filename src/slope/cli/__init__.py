@@ -9,12 +9,13 @@ Ctrl-C.
 
 from __future__ import annotations
 
+import difflib
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
-from slope import configs
 from slope.cli.common import fail, message, wants_traceback
 
 COMMANDS = (
@@ -32,6 +33,20 @@ COMMANDS = (
     "estimate",
     "completion",
 )
+_HELP = """\
+usage: slope <command> [options]
+
+Pretrain language models with N:M sparse weights (SLoPe, arXiv 2405.16325).
+
+commands:
+{commands}
+
+examples:
+  slope train experiment=demo name=first
+  slope report first
+
+`slope <command> --help` says more, with examples; `slope --version`: the version.
+`--json` makes a command print what a program may read."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,9 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        _print_help()
-        return 0 if arguments else 2
+    if not arguments:
+        _print_help(sys.stderr)
+        return 2
+    if arguments[0] in ("-h", "--help", "help"):
+        _print_help(sys.stdout)
+        return 0
     if arguments[0] == "--version":
         from slope import __version__
 
@@ -54,11 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = arguments.pop(0)
     if command not in COMMANDS:
-        near = configs.nearest(command, COMMANDS)
-        return fail(
-            f"unknown command {command!r}; did you mean {near!r}? Commands: {', '.join(COMMANDS)}.",
-            2,
-        )
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f"did you mean {near[0]!r}? Commands" if near else "commands"
+        return fail(f"unknown command {command!r}; {meant}: {', '.join(COMMANDS)}.", 2)
     show = "--traceback" in arguments or wants_traceback()
     try:
         code: int = import_module(f"slope.cli.{command}").run(arguments)
@@ -73,13 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(message(error), 1)
 
 
-def _print_help() -> None:
-    print("usage: slope <command> [options]\n")
-    print("Pretrain language models with N:M sparse weights (SLoPe, arXiv 2405.16325).\n")
-    print("commands:")
+def _print_help(file: TextIO) -> None:
     width = max(map(len, COMMANDS))
-    for command in COMMANDS:
-        print(f"  {command:<{width}}  {import_module(f'slope.cli.{command}').ABOUT}")
-    print("\nexamples:\n  slope train experiment=demo name=first\n  slope report first")
-    print("\n`slope <command> --help` says more, with examples; `slope --version`: the version.")
-    print("`--json` makes a command print what a program may read.")
+    listed = "\n".join(
+        f"  {command:<{width}}  {import_module(f'slope.cli.{command}').ABOUT}"
+        for command in COMMANDS
+    )
+    print(_HELP.format(commands=listed), file=file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,9 +46,12 @@ examples:
 
 def run(arguments: list[str]) -> int:
     """Measure, write the results, and print the table."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
+        print(_help(), file=sys.stderr)
+        return 2
+    if arguments[0] in ("-h", "--help"):
         print(_help())
-        return 0 if arguments else 2
+        return 0
     try:
         ready = prepared(arguments)
     except ValueError as error:

@@ -58,5 +58,5 @@ def run(arguments: list[str]) -> int:
     if options.json:
         print(common.as_json({"runs": [*map(str, folders)], "files": [*map(str, files)]}))
     else:
-        print("\n".join(str(file) for file in files if file.suffix == ".png"))
+        print("\n".join(map(str, files)))
     return 0

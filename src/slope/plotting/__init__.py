@@ -61,7 +61,7 @@ def plot_runs(
 
     Raises:
         FileExistsError: if one of them exists and `force` is not given.
-        FileNotFoundError: if a run has no `metrics.csv`.
+        FileNotFoundError: if a run has no `metrics.csv`, or the folder of `output` is missing.
         ValueError: for another ending, a run that is named twice or has no measured step, or a
             value of `against` that is unknown or was not measured.
     """
@@ -73,13 +73,14 @@ def plot_runs(
     for file in (*_both(path), *_both(second)):
         if file.exists() and not force:
             raise FileExistsError(f"'{file}' exists; give --force to replace it, or another name.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder '{path.parent}' for --output {output}; make it.")
     return _draw(log_dirs, path, second, against)
 
 
 def _draw(log_dirs: Sequence[str | Path], path: Path, masks_path: Path, against: str) -> list[Path]:
     runs = read_runs(log_dirs)
     figures = {path: curves.draw(runs, against), masks_path: masks.draw(runs, against)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     return [
         file
         for path, figure in figures.items()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slope.plotting import panels
-from slope.plotting.panels import BLUE, GREEN, ORANGE, PURPLE, Shown
+from slope.plotting.panels import BLUE, DOT, GREEN, HOLLOW, ORANGE, PURPLE, Shown
 from slope.plotting.runs import Horizontal, Run, exp, smooth
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ def draw(runs: Sequence[Run], against: str = "steps") -> Figure:
     from matplotlib.figure import Figure
 
     horizontal = Horizontal(against, runs)
-    figure = Figure(figsize=(13, 7 + 0.15 * (len(runs) - 1)), layout="constrained")
+    figure = Figure(figsize=(13, 7), layout="constrained")
     shown = panels.looks(runs)
     if len(runs) == 1:
-        figure.suptitle(runs[0].title(), fontsize=12)
+        panels.title(figure, runs[0].title())
     axes = figure.subplots(2, 3, sharex=True)
     loss, perplexity, rate, norm, throughput, memory = axes.flat
     _draw_loss(loss, shown, horizontal, lambda nats: nats, "{:.2f}")
@@ -51,7 +51,7 @@ def draw(runs: Sequence[Run], against: str = "steps") -> Figure:
     panels.name(throughput, "throughput", "tokens per second")
     _draw_memory(memory, shown, horizontal)
 
-    lines = {"training": _THIN, "validation": _BOLD}
+    lines = {"training": {**_THIN, **HOLLOW, **DOT}, "validation": _BOLD}
     if any(any(horizontal.points(run, "lora_lr")[1]) for run, _ in shown):
         lines["learning rate of the adapters"] = {"linestyle": "-."}
     panels.finish(figure, axes, shown, horizontal, lines)
@@ -75,7 +75,7 @@ def _draw_loss(
                 axis.plot(x, [of(y) for y in nats], color=BLUE, alpha=0.25, linewidth=0.8)
             nats, label = smooth(nats), "training (smoothed)"
         limits += nats[int(_STEEP * len(nats)) :] + val[1]
-        plain = {} if look.alone else {**_THIN, "marker": None}
+        plain = {} if look.alone else {**_THIN, **HOLLOW}
         look.draw(axis, (x, [of(y) for y in nats]), BLUE, label, **plain)
         marked = {**_BOLD, "marker": look.marker, "markevery": 1}
         look.draw(axis, (val[0], [of(y) for y in val[1]]), ORANGE, "validation", **marked)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from slope.plotting import panels
-from slope.plotting.panels import BLUE, ORANGE, Look
+from slope.plotting.panels import BLUE, DOT, HOLLOW, ORANGE, Look
 from slope.plotting.runs import TOTAL, Horizontal, Run
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FORWARD, _BACKWARD = "forward", "input gradient"
-_DASHES = ("-", "-.")
+_STYLES: tuple[dict[str, Any], ...] = ({"linestyle": "-"}, {"linestyle": "-.", **HOLLOW})
 _FEW = 20  # measurements; so many get a marker each
 # Title, unit, percent, columns with their labels.
 _PANELS = (
@@ -55,12 +55,12 @@ def draw(runs: Sequence[Run], against: str = "steps") -> Figure | None:
     if not shown:
         return None
     horizontal = Horizontal(against, runs)
-    figure = Figure(figsize=(11, 7 + 0.15 * (len(runs) - 1)), layout="constrained")
-    figure.suptitle(
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels.title(
+        figure,
         f"{runs[0].title()}\nmasks: bold the mean over all weights, thin each layer"
         if len(runs) == 1
         else "masks: mean over all weights",
-        fontsize=12,
     )
     axes = figure.subplots(2, 2, sharex=True)
     for axis, (title, unit, percent, columns) in zip(axes.flat, _PANELS, strict=True):
@@ -78,8 +78,10 @@ def draw(runs: Sequence[Run], against: str = "steps") -> Figure | None:
         # Rounding of a layer's size is no news, and nothing is above 100 %.
         spare = max(0.0, 0.05 - (high - low)) / 2
         axis.set_ylim(low - spare, min(high + spare, 1.01))
-    lines = {_FORWARD: {"linestyle": _DASHES[0]}, _BACKWARD: {"linestyle": _DASHES[1]}}
+    lines = {name: {**DOT, **s} for name, s in zip((_FORWARD, _BACKWARD), _STYLES, strict=True)}
     panels.finish(figure, axes, shown, horizontal, lines)
+    # Around a single measurement there would be fractions of a step.
+    axes[0, 0].set_xlim(0, 1.02 * axes[0, 0].get_xlim()[1])
     return figure
 
 
@@ -87,15 +89,15 @@ def _draw_layers(
     axis: Axes, run: Run, look: Look, horizontal: Horizontal, columns: dict[str, str]
 ) -> None:
     """The total, and each layer thin where a run is drawn alone."""
-    for (column, label), colour, dashes in zip(
-        columns.items(), (BLUE, ORANGE), _DASHES, strict=False
+    for (column, label), colour, of_column in zip(
+        columns.items(), (BLUE, ORANGE), _STYLES, strict=False
     ):
         for layer in run.layers if look.alone else ():
             points = horizontal.points(run, column, layer)
             if points[0] and layer != TOTAL:
                 axis.plot(*points, color=colour, linewidth=0.7, alpha=0.35)
         points = horizontal.points(run, column, TOTAL)
-        style: dict[str, Any] = {"linestyle": dashes, "linewidth": 1.5}
+        style = {**of_column, "linewidth": 1.5, "clip_on": False}  # a dot at 0 is whole
         if look.alone:
             marker = "o" if len(points[0]) <= _FEW else None
             style |= {"linewidth": 2.2, "marker": marker, "markersize": 3.5}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -12,14 +14,21 @@ from slope.plotting.runs import Horizontal, Points, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from numpy.typing import NDArray
 
 # Okabe-Ito and Tol colours, told apart by colour-blind readers; dashes and markers tell the lines
-# apart in print.
+# apart in print. 7 colours and 8 markers have no common factor: 56 runs look different.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#555555"
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#661100")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+HOLLOW: dict[str, Any] = {"markerfacecolor": "white"}
+DOT: dict[str, Any] = {"marker": "o", "markersize": 4}  # stands in a legend for any marker
 _START = {"color": GREY, "linestyle": "--", "linewidth": 1}
+_SMALL = 9  # points, the letters of legends
+_SAMPLE = 5 * _SMALL  # points, what a legend puts beside a label: the line and the gaps
+_LINE = 1.7 * _SMALL / 72  # inches, of a legend
+_TICKS = 6  # steps of the horizontal axis, so that their numbers do not touch
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ Shown = Sequence[tuple[Run, Look]]
 
 
 def looks(runs: Sequence[Run]) -> Shown:
-    """Each run with its look; an eighth run looks like the first."""
+    """Each run with its look: of up to 56 runs, each differs in colour or marker."""
     if len(runs) == 1:
         return [(runs[0], Look())]
     different = zip(cycle(_COLOURS), cycle(_MARKERS), strict=False)
@@ -80,11 +89,13 @@ def finish(
         lines: what a style of line means, for the legend of several runs.
     """
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     for axis in axes.flat:
         axis.grid(True, color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.ticklabel_format(axis="x", style="plain")
+        axis.xaxis.set_major_locator(MaxNLocator(_TICKS, steps=[1, 2, 2.5, 5, 10]))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         if not axis.has_data():
             _say_not_measured(axis)
     for axis in axes[-1]:
@@ -109,7 +120,50 @@ def finish(
     ]
     for label, style in lines.items():
         handles.append(Line2D([], [], label=label, **{**style, "color": GREY}))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _add_legend(figure, handles)
+
+
+def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Below the panels, in two columns where all labels fit; the figure grows by its height."""
+    room = 72 * figure.get_figwidth()
+    widest = max(_width(str(handle.get_label()), _SMALL) for handle in handles)
+    columns = 2 if widest <= room / 2 - _SAMPLE else 1
+    labels = [fit(str(handle.get_label()), room / columns - _SAMPLE, _SMALL) for handle in handles]
+    lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
+    figure.set_figheight(figure.get_figheight() + lines * _LINE)
+    figure.legend(
+        handles=handles,
+        labels=labels,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=_SMALL,
+    )
+
+
+def title(figure: Figure, text: str) -> None:
+    """Title of a figure, broken into lines that are no wider than it."""
+    lines = [fit(line, 72 * figure.get_figwidth(), 12) for line in text.splitlines()]
+    figure.suptitle("\n".join(lines), fontsize=12)
+
+
+def fit(text: str, points: float, size: float) -> str:
+    """A text of ``size`` points, broken into lines that are no wider than ``points``."""
+    width = _width(text, size)
+    if width <= points:
+        return text
+    # Letters differ in width: a tenth is spare.
+    return textwrap.fill(text, max(1, int(0.9 * len(text) * points / width)))
+
+
+def _width(text: str, size: float) -> float:
+    """Points that a text is wide in the font of all pictures, rounding to pixels included."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    font.set_size(size, dpi=720)
+    font.set_text(text)
+    return 1.03 * float(font.get_width_height()[0]) / 640  # it counts in 64ths of a dot
 
 
 def name(axis: Axes, title: str, unit: str) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Points = tuple[list[float], list[float]]
 Rows = list[dict[str, str]]
@@ -16,17 +16,37 @@ Rows = list[dict[str, str]]
 TOTAL = "total"
 """The layer of ``diagnostics.csv`` that stands for all."""
 
+
+class _Unit(NamedTuple):
+    """A unit of the horizontal axis, for runs that reach at least ``least`` of what it counts."""
+
+    label: str
+    size: float
+    least: float = 0
+
+
 # What can be put on the horizontal axis: its column, and units from the largest.
-AGAINST: dict[str, tuple[str, dict[str, float]]] = {
-    "steps": ("step", {"optimizer steps": 1}),
-    "tokens": ("tokens", {"tokens (billions)": 1e9, "tokens (millions)": 1e6, "tokens": 1}),
+AGAINST: dict[str, tuple[str, tuple[_Unit, ...]]] = {
+    "steps": (
+        "step",
+        (_Unit("optimizer steps (thousands)", 1e3, 1e5), _Unit("optimizer steps", 1)),
+    ),
+    "tokens": (
+        "tokens",
+        (
+            _Unit("tokens (billions)", 1e9, 1e9),
+            _Unit("tokens (millions)", 1e6, 1e6),
+            _Unit("tokens (thousands)", 1e3, 1e5),
+            _Unit("tokens", 1),
+        ),
+    ),
     "time": (
         "seconds",
-        {
-            "wall-clock time (hours)": 3600,
-            "wall-clock time (minutes)": 60,
-            "wall-clock time (seconds)": 1,
-        },
+        (
+            _Unit("wall-clock time (hours)", 3600, 3600),
+            _Unit("wall-clock time (minutes)", 60, 60),
+            _Unit("wall-clock time (seconds)", 1),
+        ),
     ),
 }
 
@@ -65,8 +85,7 @@ class Run:
             return self.label
         title = f"{self.label}  –  validation loss {loss:.3f}, perplexity {exp(loss):.1f}"
         if tokens:
-            count = f"{tokens / 1e6:,.1f} million" if tokens >= 1e6 else f"{tokens:,}"
-            title += f", after {count} tokens"
+            title += f", after {in_words(tokens) or f'{tokens:,}'} tokens"
         return title
 
 
@@ -92,10 +111,8 @@ class Horizontal:
                     f"the metrics of '{folder}' have no column {self._name}; draw it against steps."
                 )
         farthest = max(places[-1] for _, places in self._known.values())
-        self.label, self._unit = next(
-            ((label, unit) for label, unit in units.items() if farthest >= unit),
-            list(units.items())[-1],
-        )
+        unit = next(unit for unit in units if farthest >= unit.least)
+        self.label, self._unit = unit.label, unit.size
 
     def places(self, run: Run, steps: Sequence[float]) -> list[float]:
         """The steps of a run in units of the axis; between its rows, by interpolation."""
@@ -129,8 +146,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
     Raises:
         FileNotFoundError: if there is no ``metrics.csv``.
-        ValueError: if it holds no measured step, ``summary.json`` is broken, or a run is named
-            twice.
+        ValueError: if it holds no measured step, a table is no text, ``summary.json`` is broken, or
+            a run is named twice.
     """
     paths = [Path(folder) for folder in folders]
     return [_read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
@@ -165,8 +182,14 @@ def _read_run(folder: Path, label: str) -> Run:
 
 
 def _read_table(path: Path) -> Rows:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if number(row.get("step")) is not None]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if number(row.get("step")) is not None]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"'{path}' is no table in UTF-8 ({error}); restore it from a copy of the run, or "
+            "convert it with iconv if a spreadsheet wrote it."
+        ) from error
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -198,6 +221,17 @@ def number(text: Any) -> float | None:
         return float(text)
     except (TypeError, ValueError):
         return None
+
+
+def in_words(count: float) -> str:
+    """Millions or billions; empty below a million.
+
+    Example:
+        >>> in_words(196_608_000_000)
+        '196.6 billion'
+    """
+    unit, word = (1e9, "billion") if count >= 1e9 else (1e6, "million")
+    return f"{count / unit:,.1f} {word}" if count >= unit else ""
 
 
 def exp(loss: float) -> float:
