@@ -6,7 +6,10 @@ import copy
 import csv
 import importlib.util
 import json
+import logging
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ import slope
 from slope.cli import main
 from slope.data.tokenizer import EOS, LoadedTokenizer, train_bpe
 from slope.evaluation.table import Measurement, to_csv, to_markdown
+from slope.evaluation.tasks import PAPER, run_tasks, task_names
+from slope.export import save_dense
 
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(
@@ -30,6 +35,17 @@ doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 doc_to_choice: "{{{{choices}}}}"
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+GENERATE = """\
+task: words
+dataset_path: json
+dataset_kwargs: {data_files: {test: examples.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 24}
+metric_list: [{metric: exact_match}]
 """
 ROLLING = """\
 task: {name}
@@ -110,7 +126,7 @@ def test_folded_and_cast(here, capsys):
 
 
 def test_tables_are_written_and_kept(here, capsys):
-    command = ["eval", "sparse", "dense", "--data", "text.txt"]
+    command = ["eval", "sparse", "dense", "--data", "text.txt", "--stride", "16"]
     outputs = ["--output", "table.md", "--output", "table.csv", "--output", "table.json"]
     assert main([*command, *outputs]) == 0
     shown = capsys.readouterr().out
@@ -121,23 +137,105 @@ def test_tables_are_written_and_kept(here, capsys):
     with (here / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == ["sparse"] * 3 + ["dense"] * 3
-    assert json.loads((here / "table.json").read_text())["results"][0]["metric"] == "perplexity"
+    assert {(row["window"], row["stride"], row["fewshot"]) for row in rows} == {("32", "16", "")}
+    document = json.loads((here / "table.json").read_text())
+    assert document["results"][0]["metric"] == "perplexity"
+    assert document["failed"] is None
     assert main([*command, "--output", "table.md"]) == 1
     assert "'table.md' exists; give another name, or type --force" in capsys.readouterr().err
     assert main([*command, "--output", "table.md", "--force"]) == 0
 
 
+@pytest.fixture
+def short(here, tokenizer):
+    """A folder with a model of half the others' context."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16, "vocab_size": 288}
+    save_dense(GPT2LMHeadModel(GPT2Config(**sizes)), "short", tokenizer)
+    return "short"
+
+
+def test_a_checkpoint_that_does_not_fit_is_found_before_any_is_measured(
+    here, short, capsys, monkeypatch
+):
+    from slope.evaluation import heldout
+
+    monkeypatch.setattr(heldout, "score", lambda *args, **options: pytest.fail("measured"))
+    command = ["eval", "sparse", short, "--data", "text.txt", "--window", "32"]
+    assert main([*command, "--output", "table.md"]) == 1
+    said = capsys.readouterr()
+    assert (
+        "short on 'text.txt': a window of 32 tokens must be at least 2 and at most 16" in said.err
+    )
+    assert not said.out
+    assert not (here / "table.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RuntimeError("out of memory"), 1, "out of memory"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+    ],
+)
+def test_what_was_measured_is_kept_when_a_later_checkpoint_fails(
+    here, capsys, monkeypatch, error, code, message
+):
+    from slope.evaluation import heldout
+
+    score, calls = heldout.score, []
+
+    def fails_later(*args, **options):
+        calls.append(args)
+        if len(calls) == 4:
+            raise error
+        return score(*args, **options)
+
+    monkeypatch.setattr(heldout, "score", fails_later)
+    (here / "other.txt").write_text("the king and the war " * 20)
+    outputs = [part for end in ("md", "csv", "json") for part in ("--output", f"table.{end}")]
+    data = ["--data", "text.txt", "--data", "other.txt"]
+    assert main(["eval", "sparse", "dense", *data, *outputs]) == code
+    said = capsys.readouterr()
+    assert f"slope: error: {message}" in said.err
+    assert said.out == (here / "table.md").read_text()
+    assert "| data | metric | sparse | dense |" in said.out
+    assert said.out.splitlines()[-1].startswith(f"Incomplete: dense failed: {message}")
+    with (here / "table.csv").open(newline="") as file:
+        rows = [(row["model"], row["data"]) for row in csv.DictReader(file)]
+    kept = [("sparse", "text.txt"), ("sparse", "other.txt"), ("dense", "text.txt")]
+    assert list(dict.fromkeys(rows)) == kept
+    document = json.loads((here / "table.json").read_text())
+    assert document["failed"]["checkpoint"] == "dense"
+    assert message in document["failed"]["error"]
+
+
+def test_nothing_is_written_when_the_first_checkpoint_fails(here, capsys, monkeypatch):
+    from slope.evaluation import heldout
+
+    def fails(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(heldout, "score", fails)
+    command = ["eval", "sparse", "dense", "--data", "text.txt", "--output", "table.md"]
+    assert main(command) == 1
+    assert not capsys.readouterr().out
+    assert not (here / "table.md").exists()
+
+
 def test_a_table_of_what_not_every_model_has():
     measured = [
-        Measurement("a|b", "x.txt", "loss", 1.5, None, 10),
-        Measurement("other", "task", "acc", 0.5, 0.25, None),
+        Measurement("a|b", "x.txt", "loss", 1.5, None, 10, window=8, stride=4),
+        Measurement("other", "task", "acc", 0.5, 0.25, None, fewshot=2),
     ]
     assert to_markdown(measured, ["counted so"]) == (
         "| data | metric | a\\|b | other |\n| --- | --- | ---: | ---: |\n"
         "| x.txt | loss | 1.5000 | – |\n| task | acc | – | 0.5000 ± 0.2500 |\n\ncounted so\n"
     )
     assert to_csv(measured) == (
-        "model,data,metric,value,stderr,count\na|b,x.txt,loss,1.5,,10\nother,task,acc,0.5,0.25,\n"
+        "model,data,metric,value,stderr,count,window,stride,fewshot\n"
+        "a|b,x.txt,loss,1.5,,10,8,4,\nother,task,acc,0.5,0.25,,,,2\n"
     )
 
 
@@ -153,12 +251,41 @@ def test_a_table_of_what_not_every_model_has():
         (["sparse", "--data", "text.txt", "--window", "99"], 1, "at most 32, the model's context"),
         (["sparse", "--data", "blank.txt"], 1, "'blank.txt' holds no text to evaluate on"),
         (["sparse", "--tasks", "no.yaml"], 1, "no task file 'no.yaml'"),
+        (["sparse", "--tasks", "piqa,race,piqa"], 1, "task 'piqa' is given 2 times; give it once"),
     ],
 )
 def test_bad_input(here, capsys, arguments, code, message):
     (here / "blank.txt").write_text("\n\n")
     assert main(["eval", *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ("piqa,no.yaml", "no task file 'no.yaml'; give an existing one, or a name."),
+        ("paper,piqa", "task 'piqa' is given 2 times; give it once."),
+    ],
+)
+def test_wrong_task_names_are_found_before_torch_is_imported(here, tasks, message):
+    program = (
+        "import sys; from slope.cli import main; code = main(sys.argv[1:]);"
+        "print(code, [name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, "eval", "sparse", "--tasks", tasks],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert run.stdout == "1 []\n"
+    assert run.stderr == f"slope: error: {message}\n"
+
+
+def test_task_names_are_spelt_out_and_files_known_by_where_they_lie(here):
+    assert task_names(["boolq", "paper"]) == ["boolq", *PAPER]
+    (here / "mine.yaml").touch()
+    assert task_names(["mine.yaml"]) == ["mine.yaml"]
+    with pytest.raises(ValueError, match=r"task '\./mine\.yaml' is given 2 times; give it once\."):
+        task_names(["./mine.yaml", "mine.yaml"])
 
 
 def test_without_lm_eval(here, capsys, monkeypatch):
@@ -206,12 +333,126 @@ def test_tasks_score_sparse_as_dense_with_zeros(task_files, capsys):
 
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore")
+def test_how_tasks_were_counted_is_said_in_every_table(task_files, here, short, capsys):
+    from lm_eval import __version__
+
+    by = f"by lm-eval {__version__}"
+    command = ["eval", "sparse", "dense", "--tasks", task_files, "--output", "table.csv"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"choice: 25 examples, 0-shot, {by}.", "", f"rolling: 25 examples, 0-shot, {by}.",
+    ]  # fmt: skip
+    with (here / "table.csv").open(newline="") as file:
+        assert {(row["window"], row["fewshot"]) for row in csv.DictReader(file)} == {("", "0")}
+    options = ["--tasks", "choice.yaml", "--limit", 3, "--fewshot", 1]
+    found, notes = results(capsys, "sparse", short, *options)
+    counted = f"3 of 25 examples (the first 3 of each task), 1-shot, {by}; 6 of 6 requests were "
+    assert notes == [
+        f"choice, {name}: {counted}longer than the context of {context} tokens and lost their "
+        "beginning."
+        for name, context in (("sparse", 32), (short, 16))
+    ]
+    assert {one["fewshot"] for one in found.values()} == {1}
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore")
+def test_a_group_counts_its_tasks_together(task_files, here, model, tokenizer):
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+
+    from slope.evaluation.tasks import load_tasks
+
+    (here / "zero.yaml").write_text(
+        CHOICE.format(name="zero", data="examples.jsonl") + "num_fewshot: 0\n"
+    )
+    tasks = {}
+    for parts in load_tasks(["choice.yaml", "zero.yaml"]).values():
+        tasks |= parts["tasks"]
+    group = Group("pair", aggregate_metric_list=[AggMetricConfig("acc")])
+    for task in tasks.values():
+        group.add(task)
+    loaded = {"pair": {"tasks": tasks, "groups": {"pair": group}}}
+
+    def counting(**options):
+        (done,) = run_tasks(model, tokenizer, loaded, "m", **options)
+        return {one.fewshot for one in done.measured}, done.counting.partition(", by")[0]
+
+    assert counting() == ({0}, "50 examples, 0-shot")
+    limited = "10 of 50 examples (the first 5 of each task), 0-, 1-shot"
+    assert counting(fewshot=1, limit=5) == ({None}, limited)
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_add_nothing_to_standard_error(task_files, here, capfd):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    (here / "long.jsonl").write_text(
+        json.dumps({"question": "the king and " * 40, "choices": [" war", " city"], "answer": 0})
+    )
+    (here / "long.yaml").write_text(CHOICE.format(name="long", data="long.jsonl"))
+    try:
+        assert main(["eval", "sparse", "--tasks", f"{task_files},long.yaml"]) == 0
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    said = capfd.readouterr()
+    assert said.err == "sparse: tasks done\n"
+    assert "long: 1 example, 0-shot, by lm-eval" in said.out
+    assert "2 of 2 requests were longer than the context of 32 tokens" in said.out
+    assert not [record for record in records if record.name.startswith("transformers.tokenization")]
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_before_one_that_cannot_be_done_are_kept(task_files, here, capsys):
+    (here / "wide.jsonl").write_text(
+        json.dumps({"question": "the", "choices": [" war", " king" * 40], "answer": 0})
+    )
+    (here / "wide.yaml").write_text(CHOICE.format(name="wide", data="wide.jsonl"))
+    assert main(["eval", "sparse", "--tasks", "choice.yaml,wide.yaml"]) == 1
+    said = capsys.readouterr()
+    assert "| choice | acc |" in said.out
+    message = "task 'wide' cannot be done: an answer of "
+    assert f"Incomplete: sparse failed: {message}" in said.out
+    assert f"slope: error: {message}" in said.err
+    assert "is longer than the model's context of 32, and only questions are cut" in said.err
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_refuse_a_model_that_does_not_predict_the_next_token(
+    task_files, here, capsys, tokenizer
+):
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save_dense(BertForMaskedLM(BertConfig(**sizes, vocab_size=288)), "bert", tokenizer)
+    assert main(["eval", "sparse", "bert", "--tasks", task_files]) == 1
+    said = capsys.readouterr()
+    assert "tasks need a causal language model, and 'bert' holds a BertForMaskedLM." in said.err
+    assert "tasks done" not in said.err
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_to_continue_are_counted(task_files, here, capsys):
+    (here / "words.yaml").write_text(GENERATE)
+    _, (note,) = results(capsys, "sparse", "--tasks", "words.yaml", "--limit", 4)
+    assert "; 4 of 4 requests were longer than the context of 32 tokens" in note
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore")
 def test_bad_tasks(task_files, here, capsys, monkeypatch):
     def refused(tasks, message):
         assert main(["eval", "sparse", "--tasks", tasks]) == 1
         assert message in capsys.readouterr().err
 
-    refused("choice.yaml,choice.yaml", "task 'choice' is given 2 times")
+    (here / "same.yaml").write_text((here / "choice.yaml").read_text())
+    refused("choice.yaml,same.yaml", "task 'choice' is given 2 times")
     (here / "moved.yaml").write_text(CHOICE.format(name="moved", data="moved.jsonl"))
     refused("moved.yaml", "task file 'moved.yaml' cannot be used (FileNotFoundError")
     (here / "empty.yaml").write_text("output_type: multiple_choice\n")
@@ -220,12 +461,14 @@ def test_bad_tasks(task_files, here, capsys, monkeypatch):
     import datasets
     import lm_eval.tasks
 
-    from slope.evaluation.tasks import PAPER
-
     everything = lm_eval.tasks.TaskManager()  # reading all names takes seconds
     assert set(PAPER) <= set(everything.all_tasks)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: everything)
-    refused("hellaswagg", "unknown task 'hellaswagg'; did you mean 'hellaswag'?")
+    refused("hellaswagg", "unknown task 'hellaswagg'; did you mean 'hellaswag'? Give a name")
+    refused("PIQA", "unknown task 'PIQA'; did you mean 'piqa'?")
+    refused(
+        "nosuch", "unknown task 'nosuch'; give a name of lm-eval (`lm-eval ls tasks` lists them)"
+    )
 
     def unreachable(*args, **kwargs):
         raise ConnectionError("no hub")

@@ -182,6 +182,8 @@ def measurements(label: str, data: str, held_out: HeldOut, found: Score) -> list
             number,
             None if found.stderr is None or math.isinf(number) else slope * found.stderr,
             found.predicted,
+            found.window,
+            found.stride,
         )
         for metric, (number, slope) in zip(metrics(held_out), scales, strict=True)
     ]
@@ -229,7 +231,7 @@ def check(
     Raises:
         ValueError: as :func:`score`.
     """
-    if not getattr(model, "can_generate", lambda: True)():
+    if not is_causal(model):
         raise ValueError(
             f"{type(model).__name__} is no causal language model, so it has no perplexity."
         )
@@ -246,6 +248,11 @@ def check(
             " of them; the file was made with another tokenizer: evaluate on the text itself."
         )
     return window, stride
+
+
+def is_causal(model: Any) -> bool:
+    """Whether a model predicts the next token; one that is not of `transformers` is taken to."""
+    return bool(getattr(model, "can_generate", lambda: True)())
 
 
 def check_window(model: Any, window: int | None, stride: int | None) -> tuple[int, int]:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from torch import nn
 
@@ -25,7 +23,6 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-@torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Any]) -> float:
     """Loss of a causal language model over batches, weighted by the tokens that it predicts.
 
@@ -40,6 +37,8 @@ def mean_loss(model: nn.Module, batches: Iterable[Any]) -> float:
     Raises:
         ValueError: if no batch holds a token to predict.
     """
+    import torch
+
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -50,7 +49,8 @@ def mean_loss(model: nn.Module, batches: Iterable[Any]) -> float:
             ids = ids.to(device)
             predicted = ids.shape[0] * (ids.shape[1] - 1)
             if predicted > 0:
-                total += float(model(input_ids=ids, labels=ids).loss) * predicted
+                with torch.no_grad():
+                    total += float(model(input_ids=ids, labels=ids).loss) * predicted
                 tokens += predicted
     finally:
         model.train(was_training)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -38,6 +37,8 @@ def sample(
         ValueError: for an option out of range, or a prompt that gives no token and a tokenizer
             without an end-of-text token.
     """
+    import torch
+
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
     if temperature < 0:
@@ -75,6 +76,8 @@ def sample(
 
 def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
     """One token id from logits (vocab,)."""
+    import torch
+
     if temperature == 0:
         return int(logits.argmax())
     best, index = logits.topk(min(top_k or len(logits), len(logits)))

@@ -20,6 +20,10 @@ class Measurement:
         stderr: standard error of the value, None where it is not known.
         count: what the value is a mean over: predicted tokens, or examples; None for a group of
             tasks.
+        window: of a file: tokens that the model saw at once.
+        stride: of a file: tokens from one window to the next.
+        fewshot: of a task: solved examples before each question; None for a group whose tasks
+            differ.
     """
 
     model: str
@@ -28,6 +32,9 @@ class Measurement:
     value: float
     stderr: float | None
     count: int | None
+    window: int | None = None
+    stride: int | None = None
+    fewshot: int | None = None
 
 
 def to_csv(measured: Sequence[Measurement]) -> str:
