@@ -25,7 +25,6 @@ def runs(tmp_path_factory):
         ([*FSDP, "trainer.strategy=hsdp"], "trainer.devices=2 trainer.num_nodes=1; type trainer.s"),
         ([*FSDP, "optimizer=adamw-zero"], "optimizer=adamw-zero: Adam's moments are .* type optim"),
         ([*FSDP, "optimizer=lamb"], "optimizer=lamb: a trust ratio .* type optimizer=adamw, or tr"),
-        ([*FSDP, "trainer.precision=16-mixed"], "precision=16-mixed: .* trainer.precision=bf16-mi"),
         ([*FSDP, "model.compile=true"], "model.compile=True: .* model.compile=False, or trainer.s"),
         (
             [*FSDP, "pruner=sr-ste"],
@@ -47,6 +46,13 @@ def test_bert_is_refused(runs):
     cfg.model.family = "bert"
     with pytest.raises(ValueError, match="with a BERT model: its head .* or trainer.strategy=ddp"):
         strategies.check(cfg, hardware.hardware_of(cfg))
+
+
+def test_a_loss_scaler_is_refused(runs):
+    cfg = runs.config("name=bad", *FSDP, "trainer.precision=16-mixed")
+    gpus = hardware.Hardware("gpu", devices=2, num_nodes=1, precision="16-mixed")
+    with pytest.raises(ValueError, match="precision=16-mixed: .* trainer.precision=bf16-mixed, or"):
+        strategies.check(cfg, gpus)
 
 
 @pytest.mark.parametrize("overrides", [["trainer.strategy=fsdp2"], FSDP, [*FSDP, "pruner=none"]])
