@@ -198,6 +198,23 @@ def test_figure_of_a_comparison_in_which_nothing_has_finished(comparison):
     assert figure.draw(comparison, results.read(comparison)).is_file()
 
 
+@pytest.mark.parametrize("losses", [(5.0,), (5.2, 5.0)])
+def test_a_curve_of_one_validation_is_seen(comparison, monkeypatch, losses):
+    rows = [(10 * number, loss, 1000.0) for number, loss in enumerate(losses, start=1)]
+    for run in comparison.runs:
+        finish(run, 5.0, rows=rows)
+    figures = saved_figures(monkeypatch)
+    figure.draw(comparison, results.read(comparison))
+    lines = {line.get_label(): line for line in figures[0].get_axes()[0].get_lines()}
+    assert (lines["dense"].get_marker() != "None") == (len(losses) == 1)
+
+
+def test_figure_before_any_run_has_finished_warns_of_nothing(comparison):
+    comparison.runs[0].log_dir.mkdir(parents=True)
+    (comparison.runs[0].log_dir / "config.yaml").touch()
+    assert figure.draw(comparison, results.read(comparison)).is_file()
+
+
 def test_method_far_beyond_the_others_is_written_at_the_edge(tmp_path, monkeypatch):
     words = ["experiment=compare/column_mask", f"paths.root={tmp_path}", "compare.seeds=[0,1]"]
     comparison = plan.load(words)

@@ -102,6 +102,8 @@ def _draw_curves(
             style |= {"color": _COLOURS[own], "marker": _MARKERS[own], "markersize": 4, "zorder": 3}
             own += 1
         steps, means, lows, highs = _band(result)
+        if len(steps) == 1:  # a line of one point is none
+            style.setdefault("marker", "D")
         if steps:
             axis.plot(steps, means, label=label, **style)
             axis.fill_between(steps, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
@@ -109,7 +111,8 @@ def _draw_curves(
             axis.plot([], [], label=f"{label} (diverged)", **style)
     axis.grid(True, color="#dddddd", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8)
 
 
 def _band(result: MethodResult) -> tuple[list[int], list[float], list[float], list[float]]:
