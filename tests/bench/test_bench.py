@@ -230,7 +230,8 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lyer"], "unknown measurement 'lyer'; did you mean `slope bench layer`"),
+        (["lyer"], "unknown measurement 'lyer'; did you mean 'layer'? Measurements: layer, "),
+        (["foo"], "unknown measurement 'foo'; measurements: layer, train, infer, "),
         (["layer", "--device", "tpu7"], "--device tpu7 is unknown"),
         (["layer", "--device", "meta"], "--device meta is not supported"),
         (["layer", "--device", "cuda:9"], "finds 0 GPUs; type --device cpu"),

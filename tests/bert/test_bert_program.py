@@ -17,7 +17,7 @@ from slope.finetune import settings
 from slope.finetune.features import load_word_pieces
 from slope.finetune.model import load_encoder
 from slope.models import build_model
-from slope.training import initial
+from slope.training import checkpoint, initial
 from slope.training.masked import MaskedLanguageModule
 
 SECOND = "bert.embeddings.position_embeddings.weight"
@@ -60,7 +60,8 @@ def test_both_phases_train_and_sum_up(finished):
     assert first["tokens"] == 8 * 8 * 16 and second["tokens"] == 8 * 8 * 32
     assert (first["adapters_started_at_step"], second["adapters_started_at_step"]) == (None, 7)
     assert second["unigram_val_loss"] < 4.9 and "bigram_val_loss" not in second
-    assert 0 <= float(rows[-1]["val/next_sentence_accuracy"]) <= 1
+    assert 0 <= second["val_next_sentence_accuracy"] <= 1
+    assert second["val_next_sentence_accuracy"] == float(rows[-1]["val/next_sentence_accuracy"])
     assert float(rows[-1]["train/loss"]) < 6  # the hidden tokens' alone
     assert not (finished.root / "logs" / "second" / "sample.txt").exists()
     log = (finished.root / "logs" / "second" / "run.log").read_text()
@@ -71,6 +72,18 @@ def test_both_phases_train_and_sum_up(finished):
         group["step"] for group in finished.last("second")["optimizer_states"][0]["param_groups"]
     }
     assert steps == {8}
+
+
+def test_a_finished_run_that_is_resumed_sums_up_what_it_had(runs, finished):
+    copied(finished, runs)
+    name = "val_next_sentence_accuracy"
+    assert runs.phase1("resume=True")[name] == finished.summaries[0][name]
+    path = runs.checkpoints("bert-demo") / "last.ckpt"
+    content = checkpoint.load(path)
+    del content["slope"]["state"]["validated"]  # as an earlier version saved it
+    checkpoint.save(content, path)
+    summary = runs.phase1("resume=True")
+    assert name not in summary and summary["val_loss"] == finished.summaries[0]["val_loss"]
 
 
 def test_a_sparse_phase_1_keeps_its_masks_and_a_longer_table_of_positions(finished):

@@ -23,9 +23,11 @@ from tiny_bert import (
 )
 
 import slope
+from slope.export import save_dense
 from slope.finetune import finetune, settings
 from slope.finetune.features import load_word_pieces
 from slope.finetune.model import load_encoder, with_head
+from slope.layers import adapter_layers
 from slope.linear import SlopeLinear
 from slope.models import build_model
 from slope.training import checkpoint
@@ -85,10 +87,7 @@ def pretrain(folder, vocabulary=VOCABULARY_SIZE, family="bert", awake=False, **p
     section |= {"pruned_matrix": "static-weight", "mask_seed": 0, **pruner}
     pruning.apply(section, model)
     if awake:
-        slope.activate_adapters(model)
-        with torch.no_grad():
-            for adapter in slope.layers.adapters(model):
-                adapter.up.normal_(std=0.02)
+        wake(model)
     signature = {"model.family": family, "vocabulary": vocabulary, "datamodule.max_length": 64}
     signature |= {"trainer.max_steps": 100}
     signature |= {f"model.config.{key}": value for key, value in SIZES[family].items()}
@@ -100,6 +99,14 @@ def pretrain(folder, vocabulary=VOCABULARY_SIZE, family="bert", awake=False, **p
     }
     checkpoint.save(content, folder / "last.ckpt")
     return model
+
+
+def wake(model):
+    """Adapters active, and trained."""
+    slope.activate_adapters(model)
+    with torch.no_grad():
+        for adapter in slope.layers.adapters(model):
+            adapter.up.normal_(std=0.02)
 
 
 def test_fine_tuning_learns_the_small_task(finished):
@@ -232,6 +239,72 @@ def test_a_dense_checkpoint_of_transformers_is_fine_tuned_too(place, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     encoder = encoder_of(place, tmp_path / "dense")
     assert torch.equal(encoder.pooler.dense.weight, model.bert.pooler.dense.weight)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A sparse BERT, and the folder of its export for transformers with adapters; read only.
+
+    A layer of the head that is dropped has an adapter too.
+    """
+    model = tiny_model()
+    skip = ["cls.predictions.decoder", "cls.seq_relationship"]
+    slope.sparsify(model, slope.SparsityConfig(skip=skip, adapter_rank=4, adapter_scale=0.3))
+    wake(model)
+    folder = save_dense(model, tmp_path_factory.mktemp("exported") / "hf")
+    write_vocabulary(folder)
+    return model.eval(), folder
+
+
+def test_an_export_for_transformers_is_read_with_its_adapters(place, exported):
+    model, folder = exported
+    encoder = encoder_of(place, folder)
+    before, after = (dict(adapter_layers(part)) for part in (model.bert, encoder))
+    assert len(before) == 10 and before.keys() == after.keys()
+    for name, layer in after.items():
+        theirs = before[name].adapter
+        assert layer.adapter.active and layer.adapter.scale == theirs.scale == 0.3
+        assert torch.equal(layer.adapter.down, theirs.down)
+        assert torch.equal(layer.adapter.up, theirs.up)
+        assert torch.equal(layer.to_dense(), before[name].to_dense())
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    ids = torch.tensor([[2, 5, 6, 3]])
+    expected = model.bert(ids)
+    head = with_head(encoder, "BertForSequenceClassification", 2).eval()
+    dense = encoder_of(place, folder, "dense=true").eval()
+    assert not dict(adapter_layers(dense))
+    for found in (encoder.eval()(ids), head.bert(ids), dense(ids)):
+        torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)
+        torch.testing.assert_close(found.pooler_output, expected.pooler_output)
+    plain = transformers.BertModel.from_pretrained(folder).eval()
+    assert not torch.allclose(plain(ids).last_hidden_state, expected.last_hidden_state, atol=1e-4)
+
+
+def test_what_was_fine_tuned_with_adapters_beside_dense_weights_is_saved_dense(place, exported):
+    folder = exported[1]
+    words = (*common(place), f"init_from={folder}", "name=adapted", "save=true", "seeds=[0]")
+    options = chosen(*SST2, *words)
+    summary = finetune(options)
+    assert summary["metrics"]["accuracy"]["mean"] > 90
+    assert summary["layers"].startswith("sparsified 0 of 14")
+    saved, result = options.directory / "seed0" / "model", options.directory / "seed0" / "dev.tsv"
+    kind = transformers.BertForSequenceClassification
+    model, info = kind.from_pretrained(saved, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    pieces = load_word_pieces(None, str(saved))
+    told = [line.split("\t")[1] for line in result.read_text().splitlines()[1:]]
+    sentences = (place / "SST-2" / "dev.tsv").read_text().splitlines()[1:]
+    for line, label in zip(sentences, told, strict=True):
+        ids = torch.tensor([pieces.backend.encode(line.split("\t")[0]).ids])
+        assert model.eval()(ids).logits.argmax().item() == int(label)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_export_that_has_lost_half_of_its_adapters_is_refused(place, exported, tmp_path, name):
+    shutil.copytree(exported[1], tmp_path / "hf")
+    (tmp_path / "hf" / "adapter" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}' is missing; the folder is incomplete"):
+        encoder_of(place, tmp_path / "hf")
 
 
 def test_a_checkpoint_without_pooler_gets_a_new_one(place):

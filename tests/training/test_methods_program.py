@@ -174,6 +174,10 @@ def test_an_exported_folder_is_a_start(trained, tmp_path, writer):
     assert other.lm_head.weight is other.transformer.wte.weight
     ids = torch.arange(64).view(2, 32)
     torch.testing.assert_close(other.eval()(ids).logits, model(ids).logits)
+    if writer == "hf":
+        (tmp_path / "out" / "adapter" / "adapter_config.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"config\.json' is missing; the folder is inc"):
+            initial.load_into(gpt2(trained), initial.read(tmp_path / "out"))
 
 
 def test_a_finished_run_that_is_resumed_writes_the_same_sample(trained):

@@ -9,14 +9,13 @@ Ctrl-C.
 
 from __future__ import annotations
 
-import difflib
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TextIO
 
-from slope.cli.common import fail, message, wants_traceback
+from slope.cli.common import fail, message, unknown, wants_traceback
 
 COMMANDS = (
     "train",
@@ -72,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = arguments.pop(0)
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        meant = f"did you mean {near[0]!r}? Commands" if near else "commands"
-        return fail(f"unknown command {command!r}; {meant}: {', '.join(COMMANDS)}.", 2)
+        return fail(unknown("command", command, COMMANDS), 2)
     show = "--traceback" in arguments or wants_traceback()
     try:
         code: int = import_module(f"slope.cli.{command}").run(arguments)

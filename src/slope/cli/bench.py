@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slope import configs
 from slope.cli import common
 
 if TYPE_CHECKING:
@@ -88,10 +87,7 @@ def prepared(arguments: list[str]) -> Experiment:
     """
     name, *rest = arguments
     if name not in EXPERIMENTS:
-        raise ValueError(
-            f"unknown measurement {name!r}; did you mean `slope bench "
-            f"{configs.nearest(name, EXPERIMENTS)}`? Measurements: {', '.join(EXPERIMENTS)}."
-        )
+        raise ValueError(common.unknown("measurement", name, list(EXPERIMENTS)))
     made: type[Experiment] = getattr(
         import_module(f"slope.bench.{name}"), f"{name.capitalize()}Bench"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -113,6 +114,20 @@ def find_run(given: str) -> Path:
 def is_first_process() -> bool:
     """Whether this is the only process of a run or the one of them that speaks."""
     return all(os.environ.get(key, "0") == "0" for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def unknown(what: str, given: str, known: Sequence[str]) -> str:
+    """What is said of a name that is none of those known: one that is close to it, and all.
+
+    Example:
+        >>> unknown("command", "trian", ["train", "plot"])
+        "unknown command 'trian'; did you mean 'train'? Commands: train, plot."
+        >>> unknown("command", "foo", ["train", "plot"])
+        "unknown command 'foo'; commands: train, plot."
+    """
+    near = difflib.get_close_matches(given, known, n=1)
+    question = f"did you mean {near[0]!r}? {what.capitalize()}s" if near else f"{what}s"
+    return f"unknown {what} {given!r}; {question}: {', '.join(known)}."
 
 
 def wants_traceback() -> bool:

@@ -29,7 +29,7 @@ from slope.export.load import (
     read_description,
     reason,
 )
-from slope.export.lora import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, read_lora
+from slope.export.lora import ADAPTER_CONFIG, lora_beside, read_lora
 from slope.export.save import vocabulary, vocabulary_sha256
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def open_source(
         trained = _Trained(description.get("vocabulary"), description.get("vocabulary_sha256"))
         model: Any = load_pretrained(path, verify=True, training=training)
     elif path.is_dir() and (path / CONFIG_FILE).is_file():
-        model = _from_transformers(path)
+        model = from_transformers(path)
     elif published.is_published(path):
         model = published.load(path, heads)
     else:
@@ -181,7 +181,13 @@ def _of_run(path: Path) -> tuple[Any, _Trained]:
     return model, _Trained(entries, tokenizer=tokenizer)
 
 
-def _from_transformers(path: Path) -> Any:
+def from_transformers(path: Path) -> Any:
+    """The model of a folder of `transformers`, in its own class; of an export, with its adapters.
+
+    Raises:
+        ValueError: if a file is damaged, missing or of a kind that is not read.
+        FileNotFoundError: if a file of the adapters is missing.
+    """
     import transformers
 
     if not any(path.glob("*.safetensors")):
@@ -237,8 +243,8 @@ def _from_transformers(path: Path) -> Any:
             "'%s' holds %d tensors that %s does not have; they are left out: %s",
             path, len(unread), type(model).__name__, ", ".join(unread[:3]),
         )  # fmt: skip
-    beside = path / ADAPTER_FOLDER
-    if any((beside / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+    beside = lora_beside(path)
+    if beside is not None:
         attach(model, read_lora(beside, model))
     return model
 

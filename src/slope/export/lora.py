@@ -85,6 +85,16 @@ def write_lora(
     write_card(folder, model, "peft", "Adapters of a sparse model, as a LoRA.")
 
 
+def lora_beside(directory: Path) -> Path | None:
+    """The folder of the adapters of a dense export; None if it has none.
+
+    One that has lost a file counts, so that :func:`read_lora` says which.
+    """
+    folder = directory / ADAPTER_FOLDER
+    there = any((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    return folder if there else None
+
+
 def read_lora(folder: Path, model: nn.Module) -> dict[str, Adapter]:
     """Active adapters by the name of their layer, as :func:`write_lora` wrote them.
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import slope
 from slope.data.tokenizer import other_word
-from slope.export.lora import ADAPTER_CONFIG, ADAPTER_FOLDER
+from slope.deploy.source import from_transformers
+from slope.export.lora import lora_beside
 from slope.finetune.config import Settings
 from slope.finetune.features import WordPieces, load_word_pieces
 from slope.layers import adapted_layers, pruned_layers
@@ -84,6 +85,8 @@ def _from_transformers(path: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     if config.model_type != "bert":
         return transformers.AutoModel.from_config(config)  # said to be none by the caller
+    if lora_beside(path) is not None:
+        return from_transformers(path)  # the class that was exported: adapters go by its names
     kind: Any = transformers.BertModel
     model, info = kind.from_pretrained(path, output_loading_info=True, local_files_only=True)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
@@ -91,13 +94,6 @@ def _from_transformers(path: Path) -> Any:
         raise ValueError(
             f"init_from={path} is incomplete: it has no {', '.join(missing[:3])} "
             f"({len(missing)} tensors are missing)."
-        )
-    beside = path / ADAPTER_FOLDER
-    if (beside / ADAPTER_CONFIG).is_file():
-        log.warning(
-            "'%s' holds adapters, which are not read; to fine-tune with them, start from the "
-            "checkpoint or from slope export --format slope.",
-            beside,
         )
     if info["missing_keys"]:
         model.pooler = None  # new weights are the head's business

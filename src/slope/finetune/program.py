@@ -168,7 +168,7 @@ def _save_model(model: Any, folder: Path, pieces: WordPieces) -> None:
     if any(True for _ in slope.sparse_layers(model)):
         slope.save_pretrained(model, folder, pieces.backend)
         return
-    if any(True for _ in adapted_layers(model)):  # masks that have no compressed form
+    if any(True for _ in adapted_layers(model)):  # dense, or of masks without a compressed form
         slope.densify(model, fold_adapters=True)
     model.save_pretrained(folder)
     pieces.backend.save(str(folder / "tokenizer.json"))

@@ -292,7 +292,7 @@ def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -
 
 def _load_transformers(model: nn.Module, path: Path) -> None:
     from slope.deploy.adapted import attach
-    from slope.export.lora import ADAPTER_CONFIG, ADAPTER_FOLDER, read_lora
+    from slope.export.lora import lora_beside, read_lora
 
     kind: Any = type(model)
     loaded, info = kind.from_pretrained(path, output_loading_info=True, local_files_only=True)
@@ -302,6 +302,6 @@ def _load_transformers(model: nn.Module, path: Path) -> None:
         path, there, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     )
     model.load_state_dict(loaded.state_dict())
-    beside = path / ADAPTER_FOLDER
-    if (beside / ADAPTER_CONFIG).is_file():  # of our own export
+    beside = lora_beside(path)
+    if beside is not None:
         attach(model, read_lora(beside, model))

@@ -77,6 +77,7 @@ class RunState:
         recent: losses of the last optimizer steps.
         val_loss: last measured validation loss.
         val_step: the step it was measured at.
+        validated: what else was measured with it, by column.
         evaluated: the last measurements of other texts, by column.
         best: validation loss of each step_<k>.ckpt, as pairs (step, loss).
         copies: names under which the checkpoint of this state is also written.
@@ -89,6 +90,7 @@ class RunState:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=SMOOTHED_STEPS))
     val_loss: float | None = None
     val_step: int | None = None
+    validated: dict[str, float] = field(default_factory=dict)
     evaluated: dict[str, float] = field(default_factory=dict)
     best: list[tuple[int, float]] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
@@ -107,6 +109,7 @@ class RunState:
             "recent": list(self.recent),
             "val_loss": self.val_loss,
             "val_step": self.val_step,
+            "validated": dict(self.validated),
             "evaluated": dict(self.evaluated),
             "best": [list(pair) for pair in self.best],
             "copies": list(self.copies),
@@ -121,7 +124,9 @@ class RunState:
         self.recent.extend(state["recent"])
         self.val_loss = state["val_loss"]
         self.val_step = state["val_step"]
-        self.evaluated = dict(state.get("evaluated", {}))  # older versions have none
+        # Older versions have neither.
+        self.validated = dict(state.get("validated", {}))
+        self.evaluated = dict(state.get("evaluated", {}))
         self.best = [(int(step), float(loss)) for step, loss in state["best"]]
         self.copies, self.dropped = list(state["copies"]), list(state["dropped"])
         self.adapters_started_at_step = state["adapters_started_at_step"]
@@ -250,9 +255,10 @@ class RunLoop(pl.Callback):
         if validate:
             with self._aside():
                 measured = self._validate(trainer, pl_module)
-            loss = measured["val/loss"]
+            loss = measured.pop("val/loss")
             self.state.val_loss, self.state.val_step = loss, step
-            row |= measured | {"val/perplexity": perplexity(loss)}
+            self.state.validated = measured
+            row |= {"val/loss": loss, "val/perplexity": perplexity(loss), **measured}
         if evaluate:
             assert self.evaluation is not None
             with self._aside():

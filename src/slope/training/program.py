@@ -532,6 +532,7 @@ def _finish(
     summary: dict[str, Any] = {
         "val_loss": state.val_loss,
         "val_perplexity": perplexity(state.val_loss),
+        **{name.replace("/", "_"): value for name, value in state.validated.items()},
         "train_loss": state.train_loss(),
         "steps": step,
         "tokens": tokens,
