@@ -2,22 +2,29 @@
 
     python benchmarks/gpu_decode.py                        # the shapes of the committed log
     python benchmarks/gpu_decode.py --rank 0.015625        # with an adapter of that share of d_in
+    python benchmarks/gpu_decode.py --cuts                 # other cuts too: what the table is made from
 
 Each contender is one CUDA graph over as many layers as do not fit into the L2 cache, so that
 weights come from memory as in a model. Contenders take turns; a line has medians and the 10th to
-90th percentile of each speed-up.
+90th percentile of each speed-up. With ``--cuts`` every cut is checked, timed once, and the best
+few take turns with the others; they are named by token_tiles, row_tiles, row_warps, column_warps,
+stages / splits, with an adapter / low splits.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from slope.backends import decoding_mma
 from slope.backends.decoding import decode
-from slope.backends.decoding_mma import decode_mma
+from slope.backends.decoding_mma import MmaLaunch, decode_mma
 from slope.bench.timing import Call, Clock, Deadline, Effort, Spread, interleave
 from slope.linear import SlopeLinear
 
@@ -26,7 +33,30 @@ SHAPES = (
     "7168x7168,768x768,3072x768,768x3072,50304x4096"
 )
 EFFORT = Effort(rounds=15, window=2e-3, warmup=2, limit=5.0)
+ONCE = Effort(rounds=5, window=5e-4, warmup=1, limit=1.0)
 BEYOND_CACHE = 120 << 20  # bytes of compressed weights: twice the L2 cache of an H200
+FINALISTS = 3
+# row_tiles, row_warps, column_warps, stages
+CUTS = {
+    1: (
+        (1, 1, 8, 3), (1, 1, 4, 4), (1, 2, 2, 3), (2, 1, 8, 3), (1, 2, 4, 4), (2, 2, 2, 4), (2, 2, 4, 2),
+        (1, 4, 2, 4),
+    ),
+    2: (
+        (1, 1, 8, 3), (1, 1, 4, 4), (1, 2, 2, 4), (2, 1, 8, 3), (2, 2, 2, 3), (2, 2, 4, 2), (2, 4, 2, 3),
+        (1, 4, 2, 4), (4, 2, 2, 3),
+    ),
+    4: (
+        (1, 1, 4, 4), (2, 1, 4, 3), (2, 2, 2, 3), (2, 2, 4, 2), (2, 4, 2, 3), (4, 2, 2, 3), (4, 4, 1, 4),
+        (4, 4, 2, 2), (1, 4, 2, 4), (4, 2, 1, 6),
+    ),
+    8: (
+        (1, 2, 4, 2), (2, 2, 4, 2), (2, 2, 2, 3), (2, 4, 2, 3), (1, 8, 1, 4), (4, 2, 2, 3), (4, 4, 1, 4),
+        (2, 8, 1, 4), (4, 4, 2, 2), (4, 2, 1, 6), (2, 4, 1, 6), (1, 4, 2, 4),
+    ),
+}  # fmt: skip
+SPLITS = (1, 2, 3, 4, 6, 8)
+LOW_SPLITS = (2, 4, 8, 16)
 
 
 def main() -> None:
@@ -35,16 +65,62 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES, help="d_out x d_in, comma separated")
     parser.add_argument("--tokens", default="1,8,16,32,64")
     parser.add_argument("--rank", type=float, default=0.0, help="of an adapter, as a share of d_in")
+    parser.add_argument("--cuts", action="store_true", help="time other cuts of the work too")
+    parser.add_argument("--seconds", type=float, help="begin no case after this time")
     options = parser.parse_args()
+    deadline = Deadline(options.seconds)
+    tokens = [int(word) for word in options.tokens.split(",")]
+    if options.cuts:
+        compile_all({-(-t // 8) for t in tokens})
     for shape in options.shapes.split(","):
         out_features, in_features = map(int, shape.split("x"))
-        for tokens in map(int, options.tokens.split(",")):
-            line = measure(out_features, in_features, tokens, round(options.rank * in_features))
-            print(f"{shape}, {tokens} tokens: {line}", flush=True)
+        for t in tokens:
+            if deadline.passed:
+                print(f"{shape}, {t} tokens: no time left")
+                continue
+            rank = round(options.rank * in_features)
+            line = measure(out_features, in_features, t, rank, options.cuts)
+            print(f"{shape}, {t} tokens: {line}", flush=True)
+
+
+def compile_all(token_tiles: set[int]) -> None:
+    """Every cut, on all cores."""
+
+    def compile_one(cut: MmaLaunch) -> None:
+        torch.cuda.set_device(0)
+        decoding_mma._kernel(cut, torch.bfloat16, 0)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, (cut for tiles in token_tiles for cut in cuts_of(tiles))))
+
+
+def cuts_of(token_tiles: int) -> list[MmaLaunch]:
+    """The candidates that fit into shared memory."""
+    tiles = next(most for most in CUTS if token_tiles <= most)
+    cuts = [MmaLaunch(tiles, *cut, 0) for cut in CUTS[tiles]]
+    return [cut for cut in cuts if cut.shared <= decoding_mma._shared_memory(0)]
+
+
+def candidates(
+    out_features: int, in_features: int, tokens: int, rank: int
+) -> Iterator[tuple[str, functools.partial[Tensor]]]:
+    """Cuts with splits that fill a GPU neither far too little nor several times."""
+    for cut, splits in itertools.product(cuts_of(-(-tokens // 8)), SPLITS):
+        blocks = -(-out_features // cut.rows) * splits
+        steps = in_features // (128 * cut.column_warps)
+        if splits > steps or (splits > 1 and blocks > 280) or (blocks < 40 and splits < SPLITS[-1]):
+            continue
+        name = f"{''.join(map(str, cut[:5]))}/{splits}"
+        if not rank:
+            yield name, functools.partial(decode_mma, launch=cut, splits=splits)
+            continue
+        for low in LOW_SPLITS:
+            made = functools.partial(decode_mma, launch=cut, splits=splits, low_splits=low)
+            yield f"{name}/{low}", made
 
 
 @torch.no_grad()
-def measure(out_features: int, in_features: int, tokens: int, rank: int) -> str:
+def measure(out_features: int, in_features: int, tokens: int, rank: int, cuts: bool) -> str:
     """One line of the table."""
     settings = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
     compressed = out_features * in_features * 9 // 8
@@ -54,7 +130,7 @@ def measure(out_features: int, in_features: int, tokens: int, rank: int) -> str:
     ]
     dense = [layer.to_dense() for layer in layers]
     x = torch.randn(tokens, in_features, **settings)
-    down = torch.randn(rank, in_features, **settings) if rank else None
+    down = torch.randn(rank, in_features, **settings) / in_features**0.5 if rank else None
     up = torch.randn(out_features, rank, **settings) if rank else None
 
     def product(w: Tensor) -> Tensor:
@@ -66,6 +142,21 @@ def measure(out_features: int, in_features: int, tokens: int, rank: int) -> str:
 
     clock = Clock(settings["device"])
     calls = {"dense": over(dense, product), "triton": by(decode), "mma": by(decode_mma)}
+    if cuts:
+        del calls["triton"]
+        expected = product(dense[0]).float()
+        times = {}
+        for name, kernel in candidates(out_features, in_features, tokens, rank):
+            call = by(kernel)
+            y = kernel(x, layers[0].values, layers[0].metadata, None, down, up).float()
+            error = (y - expected).norm() / expected.norm()
+            if not error < 1e-2:
+                raise AssertionError(f"{out_features}x{in_features}, {name}: error {error}")
+            call()
+            timing = interleave({name: clock.captured(call)}, clock, ONCE, Deadline())[name]
+            times[name] = Spread.of(timing.seconds).median, call
+        best = sorted(times, key=lambda name: times[name][0])[:FINALISTS]
+        calls |= {name: times[name][1] for name in best}
     for call in calls.values():
         call()
     graphs = {name: clock.captured(call) for name, call in calls.items()}

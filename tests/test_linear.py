@@ -671,6 +671,31 @@ def test_frozen_values_move_into_the_operand_of_a_backend_and_stay_the_same():
         assert backend.made == 2
 
 
+def test_a_compiled_graph_takes_the_operand_that_eager_mode_made():
+    class Marking(DenseBackend):
+        """Its outputs are shifted where it was handed an operand."""
+
+        def share_operand(self, weight):
+            return weight.values.detach().flatten()
+
+        def forward(self, x, weight, bias, operands=None, adapter=None):
+            y = super().forward(x, weight, bias, operands, adapter)
+            return y if weight.packed is None else y + 1
+
+    layer = slope.SlopeLinear(32, 16).requires_grad_(False)
+    layer._backend = Marking()
+    x, compiled = torch.randn(3, 32), torch.compile(layer, backend="eager")
+    with torch.no_grad():
+        plain = compiled(x)
+        torch.testing.assert_close(layer(x), plain + 1)
+        torch.testing.assert_close(compiled(x), plain + 1)
+        layer.load_state_dict(layer.state_dict())  # other places may be kept now
+        torch.testing.assert_close(compiled(x), plain)
+        layer(x)
+        layer.set_dense(layer.to_dense(), layer.keep_mask())
+        torch.testing.assert_close(compiled(x), plain)
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 def test_without_gradients_the_output_is_the_same(make_pair, rank):
     layer, _ = make_pair(rank=rank)

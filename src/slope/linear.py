@@ -299,6 +299,7 @@ class SlopeLinear(AdaptedLinear):
         values, metadata = compress(weight.to(device), keep_mask.to(device), self.pattern)
         self.values.copy_(values)
         self.metadata.copy_(metadata)
+        self.invalidate()
         self.refresh_column_mask()
 
     @torch.no_grad()
@@ -405,8 +406,12 @@ class SlopeLinear(AdaptedLinear):
         Only frozen values are moved into it: trained ones would be saved with the whole operand.
         """
         values = self.values
-        if values.requires_grad or values.dtype != dtype or torch.compiler.is_compiling():
+        if values.requires_grad or values.dtype != dtype:
             return None
+        if torch.compiler.is_compiling():
+            # A graph takes the one that eager mode has made; it sees no versions, so whatever
+            # writes positions drops it (invalidate).
+            return None if self._operand is None else self._operand[1]
         metadata = self.metadata
         version = None if metadata.is_inference() else metadata._version
         masks = metadata.data_ptr(), version
@@ -444,6 +449,10 @@ class SlopeLinear(AdaptedLinear):
         """Drop the prepared operands; the next forward makes them again."""
         self._cache.clear()
         self._operand = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.invalidate()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SlopeLinear:
         self.invalidate()

@@ -98,6 +98,16 @@ def test_decoding_with_a_cache(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figure")
+def test_inference_compiled_block_by_block(tmp_path):
+    assert bench("infer", tmp_path, "--compile", "--compiler", "eager") == 0
+    rows = rows_of(tmp_path)
+    assert not any(row["failed"] for row in rows)
+    names = {row["contender"] for row in rows}
+    assert names == {"dense + compile", "slope r=0% + compile", "slope r=25% + compile"}
+    assert {row["baseline"] for row in rows} == {"dense + compile"}
+
+
+@pytest.mark.usefixtures("no_figure")
 def test_a_prompt_is_whole_sequences(tmp_path):
     assert bench("infer", tmp_path, "--prompt", "259", "--ranks", "0") == 0
     reasons = {row["phase"]: row["failed"] for row in rows_of(tmp_path)}

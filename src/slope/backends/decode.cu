@@ -10,7 +10,8 @@
 // A block owns ROWS outputs and walks over the inputs in steps of STEP bytes of a row of A, which is
 // W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared memory in the
 // order of global memory; a chunk of 16 bytes is swapped with others of its row, so that ldmatrix
-// meets no bank twice. mma.sp wants for its 16 x 32 tile 32 bits of metadata of every row: lane
+// meets no bank twice. The inputs may be split among the blocks of a cluster, which then add their
+// sums out of each other's shared memory. mma.sp wants for its 16 x 32 tile 32 bits of metadata of every row: lane
 // 4 g + h gives half h of row g below, of row g + 8 above, as they stand in memory.
 
 typedef unsigned int u32;
@@ -25,6 +26,7 @@ constexpr int A_BYTES = ROWS * STEP;
 constexpr int X_BYTES = TOKENS * 2 * STEP;
 constexpr int STAGE = A_BYTES + X_BYTES + ROWS * STEP / 8;
 constexpr int SUM_STRIDE = ROWS + 4;
+constexpr int GROUPS = TOKENS * ROWS / 4;
 
 struct Arguments {
     const char* values;    // (outputs, inputs / 2)
@@ -33,7 +35,7 @@ struct Arguments {
     const u16* bias;       // (outputs), or null
     const char* down;      // (rank, inputs), or null
     u16* y;                // (tokens, outputs), or null where partial sums are wanted
-    float* partial;        // (splits, tokens, outputs)
+    float* partial;        // (splits, tokens, outputs); a cluster is one split
     float* low;            // (low_splits, tokens, rank)
     long long x_stride;
     int tokens, outputs, inputs, rank, splits, low_splits;
@@ -148,6 +150,63 @@ __device__ __forceinline__ u16 from_float(float number) {
     return bits;
 }
 
+__device__ __forceinline__ float bias_of(const Arguments& arg, int output) {
+    return arg.bias ? to_float(arg.bias[output]) : 0;
+}
+
+__device__ __forceinline__ float4 add(float4 a, float4 b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ int cluster_blocks() {
+    u32 blocks;
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
+    return blocks;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+}
+
+// Four sums of all blocks of the cluster, in the order of the blocks.
+__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int blocks) {
+    float4 sum = {};
+    for (u32 block = 0; block < blocks; ++block) {
+        u32 at;
+        float4 part;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(own)), "r"(block));
+        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
+                     : "r"(at));
+        sum = add(sum, part);
+    }
+    return sum;
+}
+
+// A kernel that was launched to follow this one may come in where there is room, and waits itself.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+#else
+__device__ __forceinline__ int cluster_blocks() { return 1; }
+__device__ __forceinline__ void cluster_barrier() {}
+__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int) { return *own; }
+__device__ __forceinline__ void let_next_begin() {}
+#endif
+
+// Four outputs of a token in shared memory, by the first warps along the inputs.
+__device__ __forceinline__ float4* group(float* shared, int number) {
+    const int t = number / (ROWS / 4), r = number % (ROWS / 4) * 4;
+    return reinterpret_cast<float4*>(shared + t * SUM_STRIDE + r);
+}
+
+__device__ __forceinline__ float4 sum_of_warps(float* shared, int number) {
+    float4 sum = *group(shared, number);
+#pragma unroll
+    for (int k = 1; k < WK; ++k) sum = add(sum, *group(shared + k * TOKENS * SUM_STRIDE, number));
+    return sum;
+}
+
 template <bool SPARSE>
 __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int columns) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -190,7 +249,8 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
     }
 }
 
-// sums = rows of A times X over this split; then the warps along the inputs are added in order.
+// sums = rows of A times X over this split; then the warps along the inputs are added in order, and
+// the blocks of a cluster.
 template <bool SPARSE>
 __device__ __forceinline__ void product(const Arguments& arg, char* memory, const char* a, int row,
                                         int rows, int split, int splits) {
@@ -242,34 +302,50 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
                 shared[(wk * TOKENS + t) * SUM_STRIDE + r] = sums[m][n][i];
             }
     __syncthreads();
-    for (int i = threadIdx.x; i < TOKENS * ROWS; i += THREADS) {
-        const int t = i / ROWS, r = i % ROWS;
-        if (t >= arg.tokens || row + r >= rows) continue;
-        float sum = 0;
-#pragma unroll
-        for (int k = 0; k < WK; ++k) sum += shared[(k * TOKENS + t) * SUM_STRIDE + r];
-        const long long at = static_cast<long long>(t) * rows + row + r;
-        const long long first = static_cast<long long>(split) * arg.tokens * rows;
+    const bool together = SPARSE && cluster_blocks() > 1;
+    if (together) {
+        for (int i = threadIdx.x; WK > 1 && i < GROUPS; i += THREADS)
+            group(shared, i)[0] = sum_of_warps(shared, i);
+        cluster_barrier();
+    }
+    const int first = together ? split * THREADS : 0;
+    const int stride = together ? splits * THREADS : THREADS;
+    for (int i = first + threadIdx.x; i < GROUPS; i += stride) {
+        const int t = i / (ROWS / 4), r = i % (ROWS / 4) * 4 + row;
+        if (t >= arg.tokens || r >= rows) continue;
+        const float4 sum = together ? sum_of_blocks(group(shared, i), splits) : sum_of_warps(shared, i);
+        const long long at = static_cast<long long>(t) * rows + r;
+        const long long skipped = static_cast<long long>(together ? 0 : split) * arg.tokens * rows;
         if (!SPARSE) {
-            arg.low[first + at] = sum;
-        } else if (arg.y) {
-            arg.y[at] = from_float(arg.bias ? sum + to_float(arg.bias[row + r]) : sum);
+            const float each[4] = {sum.x, sum.y, sum.z, sum.w};
+            for (int j = 0; j < min(4, rows - r); ++j) arg.low[skipped + at + j] = each[j];
+        } else if (arg.y) {  // outputs are divisible by 4, as 2:4 wants
+            const float bias[4] = {bias_of(arg, r), bias_of(arg, r + 1), bias_of(arg, r + 2),
+                                   bias_of(arg, r + 3)};
+            *reinterpret_cast<ushort4*>(arg.y + at) =
+                make_ushort4(from_float(sum.x + bias[0]), from_float(sum.y + bias[1]),
+                             from_float(sum.z + bias[2]), from_float(sum.w + bias[3]));
         } else {
-            arg.partial[first + at] = sum;
+            *reinterpret_cast<float4*>(arg.partial + skipped + at) = sum;
         }
     }
+    if (together) cluster_barrier();  // the others may still read this block's sums
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) slope_decode(const Arguments arg) {
     extern __shared__ __align__(256) char memory[];
-    const int tiles = (arg.outputs + ROWS - 1) / ROWS;
+    let_next_begin();
+    const int tiles = (arg.outputs + ROWS - 1) / ROWS, cluster = cluster_blocks();
     const int low_tiles = (arg.rank + ROWS - 1) / ROWS, low_blocks = low_tiles * arg.low_splits;
+    const int first = (low_blocks + cluster - 1) / cluster * cluster;
     const int block = blockIdx.x;
     // A row of down is longer than one of W^R compressed, so these blocks come first, in more parts.
-    if (block < low_blocks)
+    if (block < low_blocks) {
         product<false>(arg, memory, arg.down, block % low_tiles * ROWS, arg.rank, block / low_tiles,
                        arg.low_splits);
-    else
-        product<true>(arg, memory, arg.values, (block - low_blocks) % tiles * ROWS, arg.outputs,
-                      (block - low_blocks) / tiles, arg.splits);
+    } else if (block >= first) {
+        const int tile = cluster > 1 ? (block - first) / cluster : (block - first) % tiles;
+        const int split = cluster > 1 ? (block - first) % cluster : (block - first) / tiles;
+        product<true>(arg, memory, arg.values, tile * ROWS, arg.outputs, split, arg.splits);
+    }
 }

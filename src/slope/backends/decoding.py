@@ -154,6 +154,7 @@ def finish(
     bias: Tensor | None,
     y: Tensor,
     scale: float,
+    early: bool = False,
 ) -> None:
     """Add the splits, the bias and the adapter's second product; one launch.
 
@@ -164,9 +165,12 @@ def finish(
         bias: (O,), dtype of ``y``, or None.
         y: (T, O), written.
         scale: factor of the adapter.
+        early: begin before the kernel that writes the sums has ended, and wait for it; compute
+            capability 9.0 and later. A Triton that cannot begins after it.
     """
     from slope.backends import decoding_kernels as device
 
+    early = early and device.CAN_BEGIN_EARLY
     splits, tokens, out_features = partial.shape
     rank = 0 if up is None else up.shape[1]
     block_t = 16 if tokens <= 16 else 32
@@ -176,5 +180,6 @@ def finish(
         (-(-out_features // _FINISH_OUTPUTS), -(-tokens // block_t), 1),
         (partial, low_partial, up, bias, y),
         (tokens, out_features, rank, splits, low_splits, scale),
-        (bias is not None, rank > 0, block_t, _FINISH_OUTPUTS, block_r),
+        (bias is not None, rank > 0, block_t, _FINISH_OUTPUTS, block_r, early),
+        early=early,
     )

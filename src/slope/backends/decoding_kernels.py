@@ -13,6 +13,13 @@ import triton.language as tl
 
 from slope.backends.launch import Launcher
 
+try:
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:  # Triton before 3.4
+    gdc_wait = None
+CAN_BEGIN_EARLY = gdc_wait is not None
+"""Whether this Triton has programmatic dependent launch."""
+
 
 @triton.jit
 def _dot(a, b, accumulator):
@@ -331,12 +338,15 @@ def _finish_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Y = sum of the splits + bias + scale * Z upᵀ, the splits always in the same order."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside_t, inside_o = (t < tokens)[:, None], (o < out_features)[None, :]
     y_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+    if EARLY:
+        gdc_wait()  # until the kernel ahead has written the sums
     for split in range(splits):
         at = partial + (split * tokens + t)[:, None] * out_features + o[None, :]
         y_TO += tl.load(at, mask=inside_t & inside_o, other=0.0)

@@ -19,6 +19,8 @@ from slope.backends.decoding import finish, too_many_tokens
 _SOURCE = "decode.cu"
 _FIRST_CUDA = (12, 5)  # whose PTX has mma.sp::ordered_metadata
 _LOW_SPLITS = 2  # at most, of X downᵀ along I
+_CLUSTERS_FROM = 9  # compute capability
+_LARGEST_CLUSTER = 8  # blocks; more are not portable
 _MULTIPLE = 64  # of I: a copy moves 8 bytes of metadata
 
 
@@ -129,6 +131,12 @@ def _shared_memory(device: int) -> int:
     return int(gpu.shared_memory_per_block_optin)
 
 
+@functools.cache
+def _has_clusters(device: int) -> bool:
+    gpu: Any = torch.cuda.get_device_properties(device)
+    return bool(gpu.major >= _CLUSTERS_FROM)
+
+
 def why_no_mma(
     tokens: int,
     out_features: int,
@@ -189,10 +197,14 @@ def decode_mma(
     scale: float = 1.0,
     launch: MmaLaunch | None = None,
     splits: int | None = None,
+    low_splits: int | None = None,
 ) -> Tensor:
     """``Y = X (W^R)ᵀ + b + scale * (X downᵀ) upᵀ`` for up to 64 tokens, in one or two launches.
 
-    Sums are made in fp32, in an order that depends on shapes alone. X downᵀ is rounded to the dtype
+    Blocks that share the columns of a tile form a cluster and add their sums themselves; GPUs
+    without clusters (before compute capability 9.0), and more splits than a cluster may have, take
+    a second launch for that, as an adapter always does. Sums are made in fp32, in an order that
+    depends on shapes alone. X downᵀ is rounded to the dtype
     of X, as two products would. The caller has asked :func:`why_no_mma`; tensors are on the current
     GPU.
 
@@ -206,6 +218,7 @@ def decode_mma(
         scale: factor of the adapter.
         launch: how to cut the work; None takes the table's.
         splits: of I; None takes the launch's.
+        low_splits: of I for X downᵀ; None takes the launch's.
 
     Returns:
         (T, O), dtype of ``x``. Moves the weight once, and partial sums in fp32 where the work is
@@ -224,13 +237,13 @@ def decode_mma(
         raise RuntimeError("no cut fits into the GPU's shared memory; ask why_no_mma first.")
     splits = splits or cut.splits(out_features, in_features)
     rank = 0 if up is None else up.shape[1]
-    final = splits == 1 and rank == 0
+    cluster = splits if splits <= _LARGEST_CLUSTER and _has_clusters(device) else 1
+    final = splits == cluster and rank == 0
     partial = low_partial = None
-    low_splits = 0
     if not final:
-        partial = x.new_empty((splits, tokens, out_features), dtype=torch.float32)
+        partial = x.new_empty((splits // cluster, tokens, out_features), dtype=torch.float32)
+    low_splits = (low_splits or cut.low_splits(in_features)) if rank else 0
     if rank:
-        low_splits = cut.low_splits(in_features)
         low_partial = x.new_empty((low_splits, tokens, rank), dtype=torch.float32)
     x = x if x.stride(0) % 8 == 0 else x.contiguous()
     x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
@@ -241,11 +254,12 @@ def decode_mma(
         x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits,
         low_splits,
     )  # fmt: skip
-    blocks = -(-out_features // cut.rows) * splits + -(-rank // cut.rows) * low_splits
+    low_blocks = -(-rank // cut.rows) * low_splits
+    blocks = -(-out_features // cut.rows) * splits + -(-low_blocks // cluster) * cluster
     stream = torch._C._cuda_getCurrentRawStream(device)
-    _kernel(cut, x.dtype, device)((blocks, 1), cut.threads, argument, stream)
+    _kernel(cut, x.dtype, device)(blocks, cut.threads, argument, stream, cluster)
     if partial is not None:
-        finish(partial, low_partial, up, bias, y, scale)
+        finish(partial, low_partial, up, bias, y, scale, early=_has_clusters(device))
     return y
 
 

@@ -38,6 +38,7 @@ class Launcher:
         numbers: tuple[int | float, ...],
         constants: tuple[Any, ...],
         num_warps: int = 4,
+        early: bool = False,
     ) -> None:
         """Launch on the current stream of the tensors' device, which must be the current device.
 
@@ -47,6 +48,8 @@ class Launcher:
             numbers: further arguments.
             constants: values of the ``tl.constexpr`` arguments, last in the kernel's signature.
             num_warps: per program.
+            early: programs may begin before the kernel ahead of this one has ended, and wait for it
+                themselves (programmatic dependent launch, compute capability 9.0 and later).
 
         Raises:
             RuntimeError: if Triton cannot compile the kernel for this GPU, or has no room there.
@@ -54,7 +57,7 @@ class Launcher:
         first = tensors[0]
         assert first is not None
         device = first.device
-        key = (device, numbers, constants, num_warps, *[_form(tensor) for tensor in tensors])
+        key = (device, numbers, constants, num_warps, early, *[_form(tensor) for tensor in tensors])
         found = self._compiled.get(key)
         if found is not None:
             run, function, metadata = found
@@ -63,7 +66,8 @@ class Launcher:
             run(*grid, stream, function, metadata, None, None, None, *tensors, *numbers, *constants)
             return
         try:
-            compiled = self._kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
+            options = {"num_warps": num_warps} | ({"launch_pdl": True} if early else {})
+            compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
         except TritonError as error:  # which is no RuntimeError, as the lack of memory should be
             raise RuntimeError(f"Triton cannot launch {self._kernel.__name__}: {error}") from error
         if compiled is not None:  # Triton's interpreter compiles nothing

@@ -16,6 +16,7 @@ import torch
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that need not be asked for
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 
 
 class NvrtcError(RuntimeError):
@@ -87,6 +88,25 @@ def compile_source(name: str, constants: Mapping[str, int], architecture: str) -
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+class _Attribute(ctypes.Structure):
+    """``CUlaunchAttribute`` with the dimensions of a cluster; its value takes 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_uint * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("number", ctypes.c_uint),
+    )
+
+
 class Kernel:
     """A compiled function on the current GPU; launched with one struct.
 
@@ -116,24 +136,33 @@ class Kernel:
             )
 
     def __call__(
-        self, grid: tuple[int, int], threads: int, argument: ctypes.Structure, stream: int
+        self, blocks: int, threads: int, argument: ctypes.Structure, stream: int, cluster: int = 1
     ) -> None:
         """Launch.
 
         Args:
-            grid: blocks along two dimensions.
+            blocks: of the grid.
             threads: of a block.
             argument: the kernel's only parameter, copied by the launch.
             stream: a CUDA stream's address.
+            cluster: blocks that run together and read each other's shared memory; divides
+                ``blocks``, compute capability 9.0 and later.
 
         Raises:
             NvrtcError: if the driver refuses.
         """
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        self._call(
-            "cuLaunchKernel", self._function, *grid, 1, threads, 1, 1, self._shared,
-            ctypes.c_void_p(stream), pointers, None,
-        )  # fmt: skip
+        if cluster == 1:
+            self._call(
+                "cuLaunchKernel", self._function, blocks, 1, 1, threads, 1, 1, self._shared,
+                ctypes.c_void_p(stream), pointers, None,
+            )  # fmt: skip
+            return
+        attribute = _Attribute(_CLUSTER_DIMENSION, b"", (cluster, 1, 1))
+        config = _LaunchConfig(
+            (blocks, 1, 1), (threads, 1, 1), self._shared, stream, ctypes.pointer(attribute), 1
+        )
+        self._call("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
 
     def _call(self, function: str, *arguments: Any) -> None:
         status = getattr(self._driver, function)(*arguments)

@@ -14,7 +14,7 @@ import slope
 from slope.bench import models
 from slope.bench.experiment import TIMES, Experiment, Lab
 from slope.bench.models import RANKS, ModelCase
-from slope.bench.options import add_choice, counts, positive, ratios
+from slope.bench.options import COMPILER_HELP, add_choice, counts, positive, ratios
 from slope.bench.results import Row, number
 from slope.bench.timing import Call
 
@@ -44,6 +44,10 @@ class InferBench(Experiment):
         decoded = (1, 4, 16, 64) if self.on_gpu else (1, 4)
         self.sizes = [("prompt", t) for t in counts(options.prompt, prompts, "prompt")]
         self.sizes += [("decode", t) for t in counts(options.tokens, decoded, "tokens")]
+        compiled = " + compile" if options.compile else ""
+        self.dense = _DENSE + compiled
+        self.contenders: dict[str, float | None] = {self.dense: None}
+        self.contenders |= {f"slope r={100 * rank:.4g}%{compiled}": rank for rank in self.ranks}
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +60,10 @@ class InferBench(Experiment):
             "--context", type=positive, metavar="N",
             help="tokens in a static key/value cache while decoding; default: no cache",
         )  # fmt: skip
+        parser.add_argument(
+            "--compile", action="store_true", help="all contenders with torch.compile, by block"
+        )
+        parser.add_argument("--compiler", help=COMPILER_HELP)
 
     def cases(self) -> Sequence[ModelCase]:
         """Every model at every depth."""
@@ -63,31 +71,38 @@ class InferBench(Experiment):
 
     def measure(self, case: ModelCase, lab: Lab) -> Iterator[Row]:
         """Every contender in turns, for each number of tokens."""
+        torch.compiler.reset()
         made: dict[str, nn.Module] = {}
-        ranks = {_DENSE: None} | {f"slope r={100 * rank:.4g}%": rank for rank in self.ranks}
 
         def prepare(name: str, phase: str, tokens: int) -> Call:
             if name not in made:
-                made[name] = self._build(case, lab.device, ranks[name])
+                made[name] = self._build(case, lab.device, self.contenders[name])
             return self._call(made[name], phase, tokens)
 
         for phase, tokens in self.sizes:
             factories = {
                 name: (lambda name=name, size=(phase, tokens): prepare(name, *size))
-                for name in ranks
+                for name in self.contenders
             }
-            for row in lab.compare(factories, [_DENSE]):
+            for row in lab.compare(factories, [self.dense]):
                 name, time = row["contender"], row.get("median_us")
                 if time:
                     row["tokens_per_s"] = tokens / time * 1e6
                     row["gb_per_s"] = _bytes_read(made[name]) / time * 1e-3
-                yield {"phase": phase, "tokens": tokens, "rank_ratio": ranks[name]} | row
+                rank = self.contenders[name]
+                yield {"phase": phase, "tokens": tokens, "rank_ratio": rank} | row
 
     def _build(self, case: ModelCase, device: torch.device, rank: float | None) -> nn.Module:
         config = None if rank is None else slope.SparsityConfig(adapter_rank=rank)
         context = self.options.context or 0
         model = models.build(case, context + 1, device, torch.bfloat16, config)
-        return model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
+        if self.options.compile:
+            with torch.inference_mode():  # frozen layers make their operands in eager mode
+                model(input_ids=models.random_tokens(model, 1, 1, device), use_cache=False)
+            for block in models.blocks_of(model, case.layers):
+                block.compile(backend=models.compiler(self.options, self.on_gpu), dynamic=False)
+        return model
 
     def _call(self, model: nn.Module, phase: str, tokens: int) -> Call:
         device = next(model.parameters()).device
@@ -111,14 +126,14 @@ class InferBench(Experiment):
     def cell(self, row: Row) -> str:
         """Time, speed-up, bytes per second."""
         text = f"{number(row['median_us'] / 1e3, 3)} ms"
-        if row.get("speed_up") is not None and row["contender"] != _DENSE:
+        if row.get("speed_up") is not None and row["contender"] != self.dense:
             text += f", {number(row['speed_up'])}×"
         return f"{text}, {number(row['gb_per_s'], 0)} GB/s"
 
     def point(self, row: Row) -> tuple[str, str, Any, float | None]:
         """Speed-up over models and tokens."""
         x = f"{row['model']}, {row['layers']} blocks, {row['tokens']}"
-        speed = row.get("speed_up") if row["contender"] != _DENSE else None
+        speed = row.get("speed_up") if row["contender"] != self.dense else None
         return f"{row['phase']}, {row['mode']}", row["contender"], x, speed
 
 

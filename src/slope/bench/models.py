@@ -151,6 +151,17 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def blocks_of(model: nn.Module, layers: int) -> nn.ModuleList:
+    """The blocks of a model, which has that many."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next(blocks for blocks in lists if len(blocks) == layers)
+
+
+def compiler(options: argparse.Namespace, on_gpu: bool) -> str:
+    """Backend of torch.compile; a CPU need not have a C++ compiler."""
+    return options.compiler or ("inductor" if on_gpu else "aot_eager")
+
+
 def batch_of(case: ModelCase, options: argparse.Namespace, on_gpu: bool) -> tuple[int, int]:
     """Sequences and tokens per sequence: 8 x 2048 on a GPU; of a shorter model more sequences."""
     from slope import configs

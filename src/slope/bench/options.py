@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 PRECISIONS = ("bf16-mixed", "bf16")
+COMPILER_HELP = "backend of torch.compile; default: inductor, on a CPU aot_eager"
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import slope
 from slope.bench import models
 from slope.bench.experiment import TIMES, Experiment, Lab
 from slope.bench.models import ModelCase, TrainingStep
-from slope.bench.options import add_choice, add_training, positive
+from slope.bench.options import COMPILER_HELP, add_choice, add_training, positive
 from slope.bench.results import Row, markdown, number
 from slope.bench.timing import Call, Factory
 
@@ -56,9 +56,7 @@ class TrainBench(Experiment):
             "--column-mask-interval", type=positive, default=1, metavar="STEPS",
             help="optimizer steps between refreshes of the column masks",
         )  # fmt: skip
-        parser.add_argument(
-            "--compiler", help="backend of torch.compile; default: inductor, on a CPU aot_eager"
-        )
+        parser.add_argument("--compiler", help=COMPILER_HELP)
 
     def cases(self) -> Sequence[ModelCase]:
         """Every model at every depth."""
@@ -100,7 +98,7 @@ class TrainBench(Experiment):
             step, before = step_of(name.startswith("slope"))
             forward: Callable[..., Any] = step.model
             if name.endswith("compile"):
-                compiler = options.compiler or ("inductor" if self.on_gpu else "aot_eager")
+                compiler = models.compiler(options, self.on_gpu)
                 forward = torch.compile(step.model, backend=compiler)
 
             def call() -> None:
