@@ -2,13 +2,13 @@
 
     python benchmarks/gpu_decode.py                        # the shapes of the committed log
     python benchmarks/gpu_decode.py --rank 0.015625        # with an adapter of that share of d_in
-    python benchmarks/gpu_decode.py --cuts                 # other cuts too: what the table is made from
+    python benchmarks/gpu_decode.py --cuts                 # other cuts too, for the table
 
 Each contender is one CUDA graph over as many layers as do not fit into the L2 cache, so that
 weights come from memory as in a model. Contenders take turns; a line has medians and the 10th to
 90th percentile of each speed-up. With ``--cuts`` every cut is checked, timed once, and the best
 few take turns with the others; they are named by token_tiles, row_tiles, row_warps, column_warps,
-stages / splits, with an adapter / low splits.
+stages, x share, / splits, and with an adapter / low splits.
 """
 
 from __future__ import annotations
@@ -38,24 +38,22 @@ BEYOND_CACHE = 120 << 20  # bytes of compressed weights: twice the L2 cache of a
 FINALISTS = 3
 # row_tiles, row_warps, column_warps, stages
 CUTS = {
-    1: (
-        (1, 1, 8, 3), (1, 1, 4, 4), (1, 2, 2, 3), (2, 1, 8, 3), (1, 2, 4, 4), (2, 2, 2, 4), (2, 2, 4, 2),
-        (1, 4, 2, 4),
-    ),
+    1: ((1, 1, 8, 3), (1, 1, 4, 4), (1, 2, 2, 3), (2, 1, 8, 3), (1, 2, 2, 4), (2, 2, 4, 2)),
     2: (
-        (1, 1, 8, 3), (1, 1, 4, 4), (1, 2, 2, 4), (2, 1, 8, 3), (2, 2, 2, 3), (2, 2, 4, 2), (2, 4, 2, 3),
-        (1, 4, 2, 4), (4, 2, 2, 3),
+        (1, 1, 8, 3), (1, 1, 4, 4), (1, 2, 2, 4), (2, 1, 8, 3), (2, 2, 2, 3), (2, 2, 4, 2),
+        (2, 4, 2, 3),
     ),
     4: (
-        (1, 1, 4, 4), (2, 1, 4, 3), (2, 2, 2, 3), (2, 2, 4, 2), (2, 4, 2, 3), (4, 2, 2, 3), (4, 4, 1, 4),
-        (4, 4, 2, 2), (1, 4, 2, 4), (4, 2, 1, 6),
+        (1, 1, 4, 4), (2, 1, 4, 3), (2, 2, 2, 3), (2, 2, 2, 4), (2, 4, 2, 3), (1, 2, 2, 5),
+        (4, 4, 2, 2),
     ),
     8: (
-        (1, 2, 4, 2), (2, 2, 4, 2), (2, 2, 2, 3), (2, 4, 2, 3), (1, 8, 1, 4), (4, 2, 2, 3), (4, 4, 1, 4),
-        (2, 8, 1, 4), (4, 4, 2, 2), (4, 2, 1, 6), (2, 4, 1, 6), (1, 4, 2, 4),
+        (1, 2, 4, 2), (2, 2, 4, 2), (2, 2, 2, 3), (2, 2, 2, 4), (2, 4, 2, 3), (1, 2, 2, 5),
+        (2, 4, 1, 6), (4, 2, 2, 3),
     ),
 }  # fmt: skip
 SPLITS = (1, 2, 3, 4, 6, 8)
+SHARES = (1, 2, 4)
 LOW_SPLITS = (2, 4, 8, 16)
 
 
@@ -91,7 +89,8 @@ def compile_all(token_tiles: set[int]) -> None:
         decoding_mma._kernel(cut, torch.bfloat16, 0)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, (cut for tiles in token_tiles for cut in cuts_of(tiles))))
+        cuts = [cut for tiles in token_tiles for cut in cuts_of(tiles)]
+        list(pool.map(compile_one, cuts + [cut._replace(share=2) for cut in cuts]))
 
 
 def cuts_of(token_tiles: int) -> list[MmaLaunch]:
@@ -105,12 +104,18 @@ def candidates(
     out_features: int, in_features: int, tokens: int, rank: int
 ) -> Iterator[tuple[str, functools.partial[Tensor]]]:
     """Cuts with splits that fill a GPU neither far too little nor several times."""
-    for cut, splits in itertools.product(cuts_of(-(-tokens // 8)), SPLITS):
-        blocks = -(-out_features // cut.rows) * splits
-        steps = in_features // (128 * cut.column_warps)
-        if splits > steps or (splits > 1 and blocks > 280) or (blocks < 40 and splits < SPLITS[-1]):
+    token_tiles = -(-tokens // 8)
+    for cut, splits, share in itertools.product(cuts_of(token_tiles), SPLITS, SHARES):
+        tiles = -(-out_features // cut.rows)
+        blocks, steps = tiles * splits, in_features // (128 * cut.column_warps)
+        if share > 1 and tokens <= 16:
             continue
-        name = f"{''.join(map(str, cut[:5]))}/{splits}"
+        if share * splits > 8 or share > tiles or splits > steps or (splits > 1 and blocks > 280):
+            continue
+        if blocks < 40 and splits < min(SPLITS[-1] // share, steps):
+            continue
+        cut = cut._replace(share=share)
+        name = f"{''.join(map(str, cut[:5]))}x{share}/{splits}"
         if not rank:
             yield name, functools.partial(decode_mma, launch=cut, splits=splits)
             continue
@@ -149,11 +154,11 @@ def measure(out_features: int, in_features: int, tokens: int, rank: int, cuts: b
         for name, kernel in candidates(out_features, in_features, tokens, rank):
             call = by(kernel)
             y = kernel(x, layers[0].values, layers[0].metadata, None, down, up).float()
-            error = (y - expected).norm() / expected.norm()
-            if not error < 1e-2:
-                raise AssertionError(f"{out_features}x{in_features}, {name}: error {error}")
+            difference = (y - expected).norm() / expected.norm()
+            if not difference < 1e-2:
+                raise AssertionError(f"{out_features}x{in_features}, {name}: error {difference}")
             call()
-            timing = interleave({name: clock.captured(call)}, clock, ONCE, Deadline())[name]
+            timing = interleave({name: captured(call)}, clock, ONCE, Deadline())[name]
             times[name] = Spread.of(timing.seconds).median, call
         best = sorted(times, key=lambda name: times[name][0])[:FINALISTS]
         calls |= {name: times[name][1] for name in best}
@@ -171,6 +176,18 @@ def measure(out_features: int, in_features: int, tokens: int, rank: int, cuts: b
             f"{faster.high:.2f}), {moved / median * 1e-9:.0f} GB/s"
         )
     return "; ".join(parts)
+
+
+def captured(call: Call) -> Call:
+    """As :meth:`Clock.captured`, without collecting garbage first, which would take longer."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        call()
+        graph.capture_end()
+    replay: Call = graph.replay
+    return replay
 
 
 def over(items: Sequence[object], act: Callable[..., object]) -> Call:

@@ -9,8 +9,12 @@ whole model is made; the last lines say how fast a block is, and what bounds it.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
+import statistics
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -27,7 +31,8 @@ KINDS = {
     "optimizer and clipping": r"multi_tensor_apply|FusedOptimizer",
     "rest": "",
 }
-STEPS = 3
+ACTIVITIES = [torch.profiler.ProfilerActivity.CUDA]
+ROUNDS, STEPS = 7, 3
 
 
 def main() -> None:
@@ -40,40 +45,51 @@ def main() -> None:
     options = parser.parse_args()
     depths = [int(word) for word in options.layers.split(",")]
     for model in options.models.split(","):
-        shares = {
-            (sparse, layers): profile(ModelCase(model, layers), sparse, options.batch, options.seq)
-            for layers in depths
-            for sparse in (False, True)
-        }
+        shares = {}
+        for layers in depths:
+            found = profile(ModelCase(model, layers), options.batch, options.seq)
+            shares |= {(sparse, layers): kinds for sparse, kinds in found.items()}
         report(model, depths, shares)
 
 
-def profile(case: ModelCase, sparse: bool, batch: int, length: int) -> Counter[str]:
-    """Milliseconds of a step by kind of kernel."""
+def profile(case: ModelCase, batch: int, length: int) -> dict[bool, Counter[str]]:
+    """Milliseconds of a dense and of a sparse step by kind of kernel: medians, in turns."""
     torch.compiler.reset()
     device = torch.device("cuda")
-    config = slope.SparsityConfig() if sparse else None
-    model = models.build(case, length, device, torch.float32, config)
-    tokens = models.random_tokens(model, batch, length, device)
-    step, forward = TrainingStep(model, "bf16-mixed", tokens), torch.compile(model)
-    for _ in range(3):
-        step.call(forward)
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(STEPS):
-            step.call(forward)
-        torch.cuda.synchronize()
+    calls = {}
+    for sparse in (False, True):
+        config = slope.SparsityConfig() if sparse else None
+        model = models.build(case, length, device, torch.float32, config)
+        tokens = models.random_tokens(model, batch, length, device)
+        step, forward = TrainingStep(model, "bf16-mixed", tokens), torch.compile(model)
+        calls[sparse] = functools.partial(step.call, forward)
+    samples: dict[bool, list[Counter[str]]] = {sparse: [] for sparse in calls}
+    for number in range(ROUNDS + 2):
+        for sparse, call in calls.items():
+            call()
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=ACTIVITIES) as profiler:
+                for _ in range(STEPS):
+                    call()
+                torch.cuda.synchronize()
+            if number >= 2:  # the chip is warm
+                samples[sparse].append(by_kind(profiler.events()))
+    torch.cuda.empty_cache()
+    return {
+        sparse: Counter({kind: statistics.median(one[kind] for one in own) for kind in KINDS})
+        for sparse, own in samples.items()
+    }
+
+
+def by_kind(events: Iterable[Any]) -> Counter[str]:
+    """Milliseconds of a step."""
     found: Counter[str] = Counter()
-    for event in profiler.events():
-        if event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith(
-            "Optimizer"
-        ):
+    for event in events:
+        on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if not on_gpu or re.search("#|CompiledFx|Compiled Region", event.name):  # annotations
             continue
         kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.name))
         found[kind] += event.time_range.elapsed_us() / 1e3 / STEPS
-    del step, forward, model
-    torch.cuda.empty_cache()
     return found
 
 

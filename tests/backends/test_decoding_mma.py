@@ -51,9 +51,10 @@ def launches():
     return [cut for cuts in decoding_mma._LAUNCHES.values() for cut in cuts]
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100", "sm_120"])
 def test_every_cut_compiles(compiler, architecture):
     for number, cut in enumerate(launches()):
+        cut = cut._replace(share=cut.share if architecture == "sm_90a" else 1)
         code = nvrtc.compile_source(
             "decode.cu", decoding_mma.constants(cut, (BF16, FP16)[number % 2]), architecture
         )
@@ -66,11 +67,11 @@ def test_what_cannot_be_compiled_says_where(compiler):
 
 
 def test_the_struct_is_that_of_the_source():
-    assert ctypes.sizeof(decoding_mma._Arguments) == 8 * 8 + 8 + 4 * 6
+    assert ctypes.sizeof(decoding_mma._Arguments) == 256  # whole multiples of 64 bytes
     source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
-    body = source[source.index("struct Arguments {") :].partition("};")[0]
+    body = source[source.index("Arguments {") :].partition("};")[0]
     names = re.findall(r"(\w+)[,;]", re.sub("//.*", "", body))
-    assert names == [name for name, _ in decoding_mma._Arguments._fields_]
+    assert ["map", *names, "padding"] == [name for name, _ in decoding_mma._Arguments._fields_]
 
 
 def test_cuts():
@@ -87,7 +88,8 @@ def test_cuts():
     cut = MmaLaunch(1, 1, 1, 4, 4, 132)
     assert cut._replace(blocks=0).splits(64, 4096) == 1
     assert (cut.rows, cut.threads) == (16, 128)
-    assert cut.shared == 4 * (16 * 512 + 8 * 1024 + 16 * 64)
+    assert cut.shared == 4 * (16 * 512 + 8 * 1024 + 16 * 64) + 4 * 16
+    assert cut._replace(column_warps=1).shared == 4 * 5120 + 4 * 16  # of 4352 bytes, in whole KiB
     assert cut.splits(4096, 4096) == 1 and cut.splits(1024, 4096) == 2
     assert cut.splits(64, 4096) == 2 and cut.splits(64, 256) == 1  # of two steps each at least
 
@@ -125,34 +127,89 @@ def test_a_compiler_that_is_too_old_or_missing_is_a_reason(monkeypatch, version,
     decoding_mma._why_no_compiler.cache_clear()
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """What is launched, and handed to the second launch, on a GPU with clusters or without."""
+
+    def prepare(clusters):
+        seen, finished = [], []
+
+        def kernel(cut, dtype, device):
+            assert dtype == BF16 and cut.blocks == 0 and cut.share < 3
+            return lambda *given: seen.append((cut, *given))
+
+        def finish(partial, *given, **options):
+            finished.append(partial.shape[0])
+
+        monkeypatch.setattr(decoding_mma, "_kernel", kernel)
+        monkeypatch.setattr(decoding_mma, "_shared_memory", lambda device: 227 * 1024)
+        monkeypatch.setattr(decoding_mma, "_has_clusters", lambda device: clusters)
+        monkeypatch.setattr(decoding_mma, "finish", finish)
+        monkeypatch.setattr(nvrtc, "tensor_map", lambda *given: nvrtc.TensorMap(given[0]))
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+        return seen, finished
+
+    return prepare
+
+
 @pytest.mark.parametrize("rank", [0, 5])
-def test_what_is_launched(monkeypatch, rank):
+def test_what_is_launched(launched, rank):
     """The grid and every pointer, with operands that lie apart or begin in the middle of a word."""
-    seen, finished = [], []
-
-    def kernel(cut, dtype, device):
-        assert dtype == BF16
-        return lambda *given: seen.append((cut, *given))
-
-    monkeypatch.setattr(decoding_mma, "_kernel", kernel)
-    monkeypatch.setattr(decoding_mma, "_shared_memory", lambda device: 227 * 1024)
-    monkeypatch.setattr(decoding_mma, "finish", lambda *given: finished.append(given))
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    seen, finished = launched(clusters=False)
     x = torch.zeros(3, 260, dtype=BF16)[:, 4:]  # rows 520 bytes apart
     values = torch.zeros(128 * 64 + 1, dtype=BF16)[1:].view(64, 128)
     metadata = torch.zeros(64, 32, dtype=torch.uint8)
     bias = torch.zeros(64, dtype=BF16)
     down = torch.zeros(rank, 256, dtype=BF16) if rank else None
     up = torch.zeros(64, rank, dtype=BF16) if rank else None
-    y = decode_mma(x, values, metadata, bias, down, up, 0.5)
+    cut = MmaLaunch(1, 1, 1, 4, 4, 0, share=2)
+    y = decode_mma(x, values, metadata, bias, down, up, 0.5, cut)
     assert y.shape == (3, 64) and y.dtype == BF16
-    ((cut, grid, threads, argument, stream),) = seen
+    ((cut, blocks, threads, argument, stream, cluster),) = seen
     tiles = -(-64 // cut.rows) + (rank > 0)  # of 256 columns, down is not split
-    assert (grid, threads, stream) == ((tiles, 1), cut.threads, 7)
-    assert (argument.splits, argument.low_splits) == (1, int(rank > 0))
+    assert (blocks, threads, stream, cluster) == (tiles, cut.threads, 7, 1)
+    assert (argument.splits, argument.low_splits, argument.share) == (1, int(rank > 0), 1)
     assert (argument.tokens, argument.outputs, argument.inputs, argument.rank) == (3, 64, 256, rank)
     assert argument.x_stride == 512 and argument.x % 16 == argument.values % 16 == 0
     assert argument.metadata == metadata.data_ptr() and argument.bias == bias.data_ptr()
     assert (argument.down is None, argument.y is None) == (not rank, rank > 0)
-    assert len(finished) == (rank > 0)
+    assert finished == [1] * (rank > 0)
     assert decode_mma(x[:0], values, metadata).shape == (0, 64) and len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("clusters", "share", "splits", "rank", "blocks", "cluster", "parts"),
+    [
+        (True, 2, 2, 0, 12, 4, []),  # five tiles are three pairs, each split in two
+        (True, 4, 2, 0, 16, 8, []),
+        (True, 4, 3, 0, 24, 4, [3]),  # twelve blocks are no cluster
+        (True, 1, 3, 0, 15, 3, []),
+        (True, 2, 2, 20, 16, 4, [1]),  # two blocks of down stand in a cluster of their own
+        (True, 2, 1, 20, 8, 2, [1]),
+        (False, 2, 3, 0, 15, 1, [3]),
+        (False, 2, 2, 20, 12, 1, [2]),
+    ],
+)
+def test_clusters(launched, clusters, share, splits, rank, blocks, cluster, parts):
+    seen, finished = launched(clusters)
+    x, values = torch.zeros(3, 256, dtype=BF16), torch.zeros(80, 128, dtype=BF16)
+    metadata = torch.zeros(80, 32, dtype=torch.uint8)
+    down = torch.zeros(rank, 256, dtype=BF16) if rank else None
+    up = torch.zeros(80, rank, dtype=BF16) if rank else None
+    cut = MmaLaunch(1, 1, 1, 4, 4, 0, share)
+    decode_mma(x, values, metadata, None, down, up, 1.0, cut, splits)
+    ((compiled, grid, threads, argument, _, together),) = seen
+    assert (grid, together, finished) == (blocks, cluster, parts)
+    assert threads == cut.threads + 32 * (argument.share > 1)
+    shared = decoding_mma.constants(compiled, BF16)["SHARED"]
+    assert shared == (argument.share > 1)  # what is launched is compiled for as many threads
+    assert (argument.map[0] == argument.x) == (argument.share > 1)
+    assert (argument.splits, argument.share) == (splits, share if clusters else 1)
+    assert (argument.y is None) == bool(parts)
+
+
+def test_the_driver_s_structs():
+    attribute, config = nvrtc._Attribute, nvrtc._LaunchConfig
+    assert (ctypes.sizeof(attribute), attribute.value.offset) == (72, 8)
+    assert (config.stream.offset, config.attributes.offset, config.number.offset) == (32, 40, 48)
+    assert ctypes.sizeof(config) == 56

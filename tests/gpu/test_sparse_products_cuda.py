@@ -134,17 +134,27 @@ def test_a_decode_kernel_by_name(shape, dtype, backend):
             assert error(layer(x), expected) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("rank", [0, 40])
+@pytest.mark.parametrize("share", [1, 2, 4])
 @pytest.mark.parametrize("splits", [1, 2, 3])
-def test_every_cut_of_the_compiled_decode_kernel(splits):
+def test_every_cut_of_the_compiled_decode_kernel(splits, share, rank):
     layer = a_layer((320, 1600), values_dtype=torch.bfloat16).requires_grad_(False)
     exact = layer.to_dense().double()
+    down = torch.randn(rank, 1600, device="cuda", dtype=torch.bfloat16) if rank else None
+    up = torch.randn(320, rank, device="cuda", dtype=torch.bfloat16) if rank else None
     for most, cuts in decoding_mma._LAUNCHES.items():
-        for cut in cuts:
-            x = torch.randn(most, 1600, device="cuda", dtype=torch.bfloat16)
-            given = x, layer.values, layer.metadata, layer.bias
+        for cut in set(cuts):
+            x = torch.randn(most - most // 3, 1600, device="cuda", dtype=torch.bfloat16)
+            given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1
+            cut = cut._replace(share=share)
             y = decoding_mma.decode_mma(*given, launch=cut, splits=splits)
             expected = x.double() @ exact.t() + layer.bias.double()
+            if rank:
+                low = (x.double() @ down.double().t()).to(x.dtype).double()
+                expected += 0.1 * low @ up.double().t()
             assert error(y, expected) < ROUNDING[torch.bfloat16]
+            again = decoding_mma.decode_mma(*given, launch=cut, splits=splits)
+            assert torch.equal(y, again)
 
 
 @pytest.mark.parametrize("shape", [(128, 256), (768, 3072), (96, 160)], ids=str)

@@ -34,6 +34,7 @@ class MmaLaunch(NamedTuple):
         column_warps: warps of a block along I, 128 columns each.
         stages: steps in flight.
         blocks: that I is split for where there are fewer tiles; 0 never splits it.
+        share: tiles of outputs that fetch X together, on GPUs with clusters.
     """
 
     token_tiles: int
@@ -42,6 +43,7 @@ class MmaLaunch(NamedTuple):
     column_warps: int
     stages: int
     blocks: int
+    share: int = 1
 
     @property
     def rows(self) -> int:
@@ -57,8 +59,10 @@ class MmaLaunch(NamedTuple):
     def shared(self) -> int:
         """Bytes of shared memory: the steps in flight, then the sums of the warps along I."""
         step, tokens = 128 * self.column_warps, 8 * self.token_tiles
-        stage = self.rows * step + 2 * tokens * step + self.rows * step // 8
-        return max(self.stages * stage, 4 * self.column_warps * tokens * (self.rows + 4))
+        stage = self.rows * step + tokens * 2 * step + self.rows * step // 8
+        stages = self.stages * -(-stage // 1024) * 1024
+        sums = 4 * self.column_warps * tokens * (self.rows + 4)
+        return max(stages, sums) + 16 * self.stages  # barriers
 
     def splits(self, out_features: int, in_features: int) -> int:
         """Blocks that share the columns of one tile."""
@@ -99,13 +103,15 @@ class _Arguments(ctypes.Structure):
     """``struct Arguments`` of the source."""
 
     _fields_ = (
+        ("map", nvrtc.TensorMap),
         *((name, ctypes.c_void_p) for name in (
             "values", "metadata", "x", "bias", "down", "y", "partial", "low",
         )),
         ("x_stride", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in (
-            "tokens", "outputs", "inputs", "rank", "splits", "low_splits",
+            "tokens", "outputs", "inputs", "rank", "splits", "low_splits", "share",
         )),
+        ("padding", ctypes.c_int * 7),  # to the 64 bytes that a tensor map is aligned to
     )  # fmt: skip
 
 
@@ -179,7 +185,8 @@ def _why_no_compiler() -> str | None:
 def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int]:
     """What ``decode.cu`` is compiled with."""
     names = ("NT", "MT", "WM", "WK", "STAGES")
-    return dict(zip(names, launch, strict=False)) | {"BF16": int(dtype == torch.bfloat16)}
+    shared, bf16 = int(launch.share > 1), int(dtype == torch.bfloat16)
+    return dict(zip(names, launch, strict=False)) | {"SHARED": shared, "BF16": bf16}
 
 
 @functools.cache
@@ -237,29 +244,40 @@ def decode_mma(
         raise RuntimeError("no cut fits into the GPU's shared memory; ask why_no_mma first.")
     splits = splits or cut.splits(out_features, in_features)
     rank = 0 if up is None else up.shape[1]
-    cluster = splits if splits <= _LARGEST_CLUSTER and _has_clusters(device) else 1
-    final = splits == cluster and rank == 0
+    clusters = _has_clusters(device)
+    share = cut.share if clusters else 1
+    cut = cut._replace(blocks=0, share=min(share, 2))  # all that it is compiled for
+    together = splits if clusters and share * splits <= _LARGEST_CLUSTER else 1
+    final = splits == together and rank == 0
     partial = low_partial = None
     if not final:
-        partial = x.new_empty((splits // cluster, tokens, out_features), dtype=torch.float32)
+        partial = x.new_empty((splits // together, tokens, out_features), dtype=torch.float32)
     low_splits = (low_splits or cut.low_splits(in_features)) if rank else 0
     if rank:
         low_partial = x.new_empty((low_splits, tokens, rank), dtype=torch.float32)
-    x = x if x.stride(0) % 8 == 0 else x.contiguous()
+    x = x if x.stride(0) % 8 == 0 and x.stride(0) >= in_features else x.contiguous()
     x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
     down = None if down is None else _aligned(down)
     written = y if final else None, partial, low_partial
+    described = nvrtc.TensorMap()
+    if share > 1:
+        described = nvrtc.tensor_map(
+            x.data_ptr(), x.dtype, (tokens, in_features), x.stride(0), (8 * cut.token_tiles, 64)
+        )
     argument = _Arguments(
-        *map(_pointer, (values, metadata, x, bias, down, *written)),
-        x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits,
-        low_splits,
+        described, *map(_pointer, (values, metadata, x, bias, down, *written)),
+        x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits, low_splits,
+        share,
     )  # fmt: skip
+    cluster = share * together
     low_blocks = -(-rank // cut.rows) * low_splits
-    blocks = -(-out_features // cut.rows) * splits + -(-low_blocks // cluster) * cluster
+    blocks = -(-out_features // (cut.rows * share)) * share * splits
+    blocks += -(-low_blocks // cluster) * cluster
+    threads = cut.threads + (32 if share > 1 else 0)  # a warp that fetches X
     stream = torch._C._cuda_getCurrentRawStream(device)
-    _kernel(cut, x.dtype, device)(blocks, cut.threads, argument, stream, cluster)
+    _kernel(cut, x.dtype, device)(blocks, threads, argument, stream, cluster)
     if partial is not None:
-        finish(partial, low_partial, up, bias, y, scale, early=_has_clusters(device))
+        finish(partial, low_partial, up, bias, y, scale, early=clusters)
     return y
 
 
