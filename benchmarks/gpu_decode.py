@@ -8,7 +8,7 @@ Each contender is one CUDA graph over as many layers as do not fit into the L2 c
 weights come from memory as in a model. Contenders take turns; a line has medians and the 10th to
 90th percentile of each speed-up. With ``--cuts`` every cut is checked, timed once, and the best
 few take turns with the others; they are named by token_tiles, row_tiles, row_warps, column_warps,
-stages, x share, / splits, and with an adapter / low splits.
+stages / splits, and with an adapter / low splits.
 """
 
 from __future__ import annotations
@@ -44,16 +44,15 @@ CUTS = {
         (2, 4, 2, 3),
     ),
     4: (
-        (1, 1, 4, 4), (2, 1, 4, 3), (2, 2, 2, 3), (2, 2, 2, 4), (2, 4, 2, 3), (1, 2, 2, 5),
-        (4, 4, 2, 2),
+        (1, 1, 4, 4), (2, 1, 4, 3), (2, 2, 2, 3), (2, 4, 2, 3), (4, 2, 2, 3), (4, 4, 2, 2),
+        (1, 4, 2, 4),
     ),
     8: (
-        (1, 2, 4, 2), (2, 2, 4, 2), (2, 2, 2, 3), (2, 2, 2, 4), (2, 4, 2, 3), (1, 2, 2, 5),
-        (2, 4, 1, 6), (4, 2, 2, 3),
+        (1, 2, 4, 2), (2, 2, 4, 2), (2, 2, 2, 3), (2, 4, 2, 3), (4, 2, 2, 3), (4, 4, 2, 2),
+        (1, 4, 2, 4),
     ),
 }  # fmt: skip
 SPLITS = (1, 2, 3, 4, 6, 8)
-SHARES = (1, 2, 4)
 LOW_SPLITS = (2, 4, 8, 16)
 
 
@@ -89,8 +88,7 @@ def compile_all(token_tiles: set[int]) -> None:
         decoding_mma._kernel(cut, torch.bfloat16, 0)
 
     with ThreadPoolExecutor() as pool:
-        cuts = [cut for tiles in token_tiles for cut in cuts_of(tiles)]
-        list(pool.map(compile_one, cuts + [cut._replace(share=2) for cut in cuts]))
+        list(pool.map(compile_one, (cut for tiles in token_tiles for cut in cuts_of(tiles))))
 
 
 def cuts_of(token_tiles: int) -> list[MmaLaunch]:
@@ -105,17 +103,14 @@ def candidates(
 ) -> Iterator[tuple[str, functools.partial[Tensor]]]:
     """Cuts with splits that fill a GPU neither far too little nor several times."""
     token_tiles = -(-tokens // 8)
-    for cut, splits, share in itertools.product(cuts_of(token_tiles), SPLITS, SHARES):
-        tiles = -(-out_features // cut.rows)
-        blocks, steps = tiles * splits, in_features // (128 * cut.column_warps)
-        if share > 1 and tokens <= 16:
+    for cut, splits in itertools.product(cuts_of(token_tiles), SPLITS):
+        blocks = -(-out_features // cut.rows) * splits
+        steps = in_features // (128 * cut.column_warps)
+        if splits > steps or (splits > 1 and blocks > 280):
             continue
-        if share * splits > 8 or share > tiles or splits > steps or (splits > 1 and blocks > 280):
+        if blocks < 40 and splits < min(SPLITS[-1], steps):
             continue
-        if blocks < 40 and splits < min(SPLITS[-1] // share, steps):
-            continue
-        cut = cut._replace(share=share)
-        name = f"{''.join(map(str, cut[:5]))}x{share}/{splits}"
+        name = f"{''.join(map(str, cut[:5]))}/{splits}"
         if not rank:
             yield name, functools.partial(decode_mma, launch=cut, splits=splits)
             continue

@@ -665,7 +665,7 @@ def test_frozen_values_move_into_the_operand_of_a_backend_and_stay_the_same():
         assert torch.equal(backend.seen[-1][: before.numel()].view_as(before), 2 * before)
         copied = copy.deepcopy(layer)
         copied(x)
-        assert copied._operand[1].data_ptr() == copied.values.data_ptr() != layer.values.data_ptr()
+        assert copied._operand.data_ptr() == copied.values.data_ptr() != layer.values.data_ptr()
         layer.metadata.copy_(layer.metadata.clone())  # other places may be kept now
         layer(x)
         assert backend.made == 2

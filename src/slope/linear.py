@@ -226,7 +226,9 @@ class SlopeLinear(AdaptedLinear):
         self.adapter = None
         self.refreshes_itself = True
         self._cache = _OperandCache()
-        self._operand: tuple[tuple[Any, ...], Tensor | None] | None = None
+        # Apart, since a compiled graph is made anew where a tuple that it has looked into differs.
+        self._operand: Tensor | None = None
+        self._operand_of: tuple[Any, ...] | None = None
         if self.values.device.type != "meta":
             self.reset_parameters()
 
@@ -411,14 +413,14 @@ class SlopeLinear(AdaptedLinear):
         if torch.compiler.is_compiling():
             # A graph takes the one that eager mode has made; it sees no versions, so whatever
             # writes positions drops it (invalidate).
-            return None if self._operand is None else self._operand[1]
+            return self._operand
         metadata = self.metadata
         version = None if metadata.is_inference() else metadata._version
         masks = metadata.data_ptr(), version
-        if self._operand is None or self._operand[0] != (values.data_ptr(), *masks):
-            packed = self._backend.share_operand(self.compressed_weight())
-            self._operand = ((values.data_ptr(), *masks), packed)
-        return self._operand[1]
+        if self._operand_of != (values.data_ptr(), *masks):
+            self._operand = self._backend.share_operand(self.compressed_weight())
+            self._operand_of = values.data_ptr(), *masks
+        return self._operand
 
     def _prepare(self, dtype: torch.dtype) -> Operands | None:
         """Refresh what has gone stale; the expanded operands on the CPU, None elsewhere.
@@ -448,7 +450,7 @@ class SlopeLinear(AdaptedLinear):
     def invalidate(self) -> None:
         """Drop the prepared operands; the next forward makes them again."""
         self._cache.clear()
-        self._operand = None
+        self._operand = self._operand_of = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.invalidate()

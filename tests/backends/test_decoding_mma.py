@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,13 +49,12 @@ def with_cuda(monkeypatch):
 
 
 def launches():
-    return [cut for cuts in decoding_mma._LAUNCHES.values() for cut in cuts]
+    return list({row.cut for rows in decoding_mma._LAUNCHES.values() for row in rows})
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_every_cut_compiles(compiler, architecture):
     for number, cut in enumerate(launches()):
-        cut = cut._replace(share=cut.share if architecture == "sm_90a" else 1)
         code = nvrtc.compile_source(
             "decode.cu", decoding_mma.constants(cut, (BF16, FP16)[number % 2]), architecture
         )
@@ -67,31 +67,48 @@ def test_what_cannot_be_compiled_says_where(compiler):
 
 
 def test_the_struct_is_that_of_the_source():
-    assert ctypes.sizeof(decoding_mma._Arguments) == 256  # whole multiples of 64 bytes
+    assert ctypes.sizeof(decoding_mma._Arguments) == 8 * 8 + 8 + 4 * 6
     source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
     body = source[source.index("Arguments {") :].partition("};")[0]
     names = re.findall(r"(\w+)[,;]", re.sub("//.*", "", body))
-    assert ["map", *names, "padding"] == [name for name, _ in decoding_mma._Arguments._fields_]
+    assert names == [name for name, _ in decoding_mma._Arguments._fields_]
 
 
 def test_cuts():
     for tokens in range(1, decoding.MAX_TOKENS + 1):
-        for outputs in (64, 2048, 4096, 5120, 28672):
+        for shape in (
+            (64, 64),
+            (2048, 8192),
+            (4096, 14336),
+            (5120, 5120),
+            (9216, 9216),
+            (28672, 768),
+        ):
             for memory in (99 * 1024, 163 * 1024, 227 * 1024):
-                cut = launch_for(tokens, outputs, memory)
+                cut = launch_for(tokens, *shape, memory)
                 if cut is None:
                     assert tokens > (16 if memory < 163 * 1024 else 32) and memory < 227 * 1024
                     continue
                 assert cut.shared <= memory
+                assert 1 <= cut.splits(*shape) <= decoding_mma.LARGEST_CLUSTER
             assert 8 * cut.token_tiles >= tokens
             assert cut.threads <= 1024
     cut = MmaLaunch(1, 1, 1, 4, 4, 132)
     assert cut._replace(blocks=0).splits(64, 4096) == 1
     assert (cut.rows, cut.threads) == (16, 128)
-    assert cut.shared == 4 * (16 * 512 + 8 * 1024 + 16 * 64) + 4 * 16
-    assert cut._replace(column_warps=1).shared == 4 * 5120 + 4 * 16  # of 4352 bytes, in whole KiB
+    assert cut.shared == 4 * (16 * 512 + 8 * 1024 + 16 * 64)
     assert cut.splits(4096, 4096) == 1 and cut.splits(1024, 4096) == 2
-    assert cut.splits(64, 4096) == 2 and cut.splits(64, 256) == 1  # of two steps each at least
+    assert cut.splits(64, 4096) == 5 and cut.splits(64, 256) == 1  # of a step and a half at least
+    assert cut.splits(64, 16384) == 8  # blocks of a cluster
+    assert [cut.low_splits(columns) for columns in (256, 1024, 9216, 14336)] == [1, 2, 2, 4]
+
+
+def test_the_bounds_of_the_table_hold():
+    for rows in decoding_mma._LAUNCHES.values():
+        assert rows[-1][:2] == (math.inf, math.inf)
+    assert launch_for(16, 36864, 9216, 227 * 1024).row_tiles == 1
+    assert launch_for(16, 14336, 4096, 227 * 1024).row_tiles == 2
+    assert launch_for(64, 768, 768, 227 * 1024) == launch_for(64, 3072, 768, 227 * 1024)
 
 
 def refusal(tokens=1, shape=(64, 128), dtype=BF16, values=BF16):
@@ -135,7 +152,7 @@ def launched(monkeypatch):
         seen, finished = [], []
 
         def kernel(cut, dtype, device):
-            assert dtype == BF16 and cut.blocks == 0 and cut.share < 3
+            assert dtype == BF16
             return lambda *given: seen.append((cut, *given))
 
         def finish(partial, *given, **options):
@@ -145,7 +162,6 @@ def launched(monkeypatch):
         monkeypatch.setattr(decoding_mma, "_shared_memory", lambda device: 227 * 1024)
         monkeypatch.setattr(decoding_mma, "_has_clusters", lambda device: clusters)
         monkeypatch.setattr(decoding_mma, "finish", finish)
-        monkeypatch.setattr(nvrtc, "tensor_map", lambda *given: nvrtc.TensorMap(given[0]))
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
         return seen, finished
 
@@ -162,13 +178,13 @@ def test_what_is_launched(launched, rank):
     bias = torch.zeros(64, dtype=BF16)
     down = torch.zeros(rank, 256, dtype=BF16) if rank else None
     up = torch.zeros(64, rank, dtype=BF16) if rank else None
-    cut = MmaLaunch(1, 1, 1, 4, 4, 0, share=2)
+    cut = MmaLaunch(1, 1, 1, 4, 4, 0)
     y = decode_mma(x, values, metadata, bias, down, up, 0.5, cut)
     assert y.shape == (3, 64) and y.dtype == BF16
     ((cut, blocks, threads, argument, stream, cluster),) = seen
     tiles = -(-64 // cut.rows) + (rank > 0)  # of 256 columns, down is not split
     assert (blocks, threads, stream, cluster) == (tiles, cut.threads, 7, 1)
-    assert (argument.splits, argument.low_splits, argument.share) == (1, int(rank > 0), 1)
+    assert (argument.splits, argument.low_splits) == (1, int(rank > 0))
     assert (argument.tokens, argument.outputs, argument.inputs, argument.rank) == (3, 64, 256, rank)
     assert argument.x_stride == 512 and argument.x % 16 == argument.values % 16 == 0
     assert argument.metadata == metadata.data_ptr() and argument.bias == bias.data_ptr()
@@ -178,33 +194,28 @@ def test_what_is_launched(launched, rank):
 
 
 @pytest.mark.parametrize(
-    ("clusters", "share", "splits", "rank", "blocks", "cluster", "parts"),
+    ("clusters", "splits", "rank", "blocks", "cluster", "parts"),
     [
-        (True, 2, 2, 0, 12, 4, []),  # five tiles are three pairs, each split in two
-        (True, 4, 2, 0, 16, 8, []),
-        (True, 4, 3, 0, 24, 4, [3]),  # twelve blocks are no cluster
-        (True, 1, 3, 0, 15, 3, []),
-        (True, 2, 2, 20, 16, 4, [1]),  # two blocks of down stand in a cluster of their own
-        (True, 2, 1, 20, 8, 2, [1]),
-        (False, 2, 3, 0, 15, 1, [3]),
-        (False, 2, 2, 20, 12, 1, [2]),
+        (True, 1, 0, 5, 1, []),
+        (True, 3, 0, 15, 3, []),
+        (True, 9, 0, 45, 1, [9]),  # too many for a cluster
+        (True, 2, 20, 12, 2, [1]),  # two blocks of down stand in a cluster of their own
+        (True, 4, 20, 24, 4, [1]),
+        (False, 3, 0, 15, 1, [3]),
+        (False, 2, 20, 12, 1, [2]),
     ],
 )
-def test_clusters(launched, clusters, share, splits, rank, blocks, cluster, parts):
+def test_clusters(launched, clusters, splits, rank, blocks, cluster, parts):
     seen, finished = launched(clusters)
     x, values = torch.zeros(3, 256, dtype=BF16), torch.zeros(80, 128, dtype=BF16)
     metadata = torch.zeros(80, 32, dtype=torch.uint8)
     down = torch.zeros(rank, 256, dtype=BF16) if rank else None
     up = torch.zeros(80, rank, dtype=BF16) if rank else None
-    cut = MmaLaunch(1, 1, 1, 4, 4, 0, share)
+    cut = MmaLaunch(1, 1, 1, 4, 4, 0)
     decode_mma(x, values, metadata, None, down, up, 1.0, cut, splits)
-    ((compiled, grid, threads, argument, _, together),) = seen
+    ((_, grid, threads, argument, _, together),) = seen
     assert (grid, together, finished) == (blocks, cluster, parts)
-    assert threads == cut.threads + 32 * (argument.share > 1)
-    shared = decoding_mma.constants(compiled, BF16)["SHARED"]
-    assert shared == (argument.share > 1)  # what is launched is compiled for as many threads
-    assert (argument.map[0] == argument.x) == (argument.share > 1)
-    assert (argument.splits, argument.share) == (splits, share if clusters else 1)
+    assert threads == cut.threads and argument.splits == splits
     assert (argument.y is None) == bool(parts)
 
 

@@ -5,21 +5,14 @@
 //   MT      tiles of 16 outputs of a warp
 //   WM, WK  warps of a block along the outputs and along the inputs
 //   STAGES  steps in flight
-//   SHARED  1 if tiles of outputs fetch X together, for which there must be clusters
 //   BF16    1 for bf16, 0 for fp16
 //
 // A block owns ROWS outputs and walks over the inputs in steps of STEP bytes of a row of A, which is
-// W^R compressed (STEP columns) or down (STEP / 2 columns). Rows of A stand in shared memory as in
-// global memory, those of X in boxes of 128 bytes of every row; a chunk of 16 bytes is swapped with
-// others of its 128, so that ldmatrix meets no bank twice. mma.sp wants for its 16 x 32 tile 32 bits
-// of metadata of every row: lane 4 g + h gives half h of row g below, of row g + 8 above, as they
-// stand in memory.
-//
-// From compute capability 9.0 on, blocks form clusters. Those that split the inputs of a tile add
-// their sums out of each other's shared memory. And tiles of outputs that read the same X fetch it
-// together (SHARED), because with many tokens X crosses the L2 cache more often than the weight: each
-// block has a share of the boxes copied to all of them. A warp of its own does that: full barriers
-// say that a stage has arrived, empty ones that all have read it.
+// W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared memory in the
+// order of global memory; a chunk of 16 bytes is swapped with others of its row, so that ldmatrix
+// meets no bank twice. The inputs may be split among the blocks of a cluster, which then add their
+// sums out of each other's shared memory. mma.sp wants for its 16 x 32 tile 32 bits of metadata of every row: lane
+// 4 g + h gives half h of row g below, of row g + 8 above, as they stand in memory.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -30,16 +23,12 @@ constexpr int ROWS = 16 * MT * WM;
 constexpr int STEP = 128 * WK;
 constexpr int THREADS = 32 * WM * WK;
 constexpr int A_BYTES = ROWS * STEP;
-constexpr int X_BOX = TOKENS * 128;
 constexpr int X_BYTES = TOKENS * 2 * STEP;
-constexpr int STAGE = (A_BYTES + X_BYTES + ROWS * STEP / 8 + 1023) / 1024 * 1024;
+constexpr int STAGE = A_BYTES + X_BYTES + ROWS * STEP / 8;
 constexpr int SUM_STRIDE = ROWS + 4;
 constexpr int GROUPS = TOKENS * ROWS / 4;
-constexpr int SUMS = 4 * WK * TOKENS * SUM_STRIDE;
-constexpr int BARRIERS = STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS;  // where they stand
 
-struct __align__(64) Arguments {
-    u64 map[16];           // a tensor map of x, where tiles fetch it together
+struct Arguments {
     const char* values;    // (outputs, inputs / 2)
     const char* metadata;  // (outputs, inputs / 8)
     const char* x;         // (tokens, inputs), rows x_stride bytes apart
@@ -50,7 +39,6 @@ struct __align__(64) Arguments {
     float* low;            // (low_splits, tokens, rank)
     long long x_stride;
     int tokens, outputs, inputs, rank, splits, low_splits;
-    int share;  // tiles of outputs that read the same X; divides the blocks of a cluster
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -70,9 +58,8 @@ __device__ __forceinline__ void copy(u32 to, const char* from, bool inside) {
 }
 
 // This thread's part of a tile of ROWS_ rows, WIDTH bytes of which belong to a step; PITCH bytes
-// lie between rows in shared memory, BOX bytes between 128 and 128 of a row. A pass of all threads
-// copies DOWN rows.
-template <int BYTES, int WIDTH, int ROWS_, int PITCH, int BOX>
+// lie between rows in shared memory. A pass of all threads copies DOWN rows.
+template <int BYTES, int WIDTH, int ROWS_, int PITCH>
 struct Tile {
     static constexpr int ACROSS = WIDTH / BYTES;
     static constexpr int DOWN = THREADS / ACROSS;
@@ -89,8 +76,7 @@ struct Tile {
         stride = DOWN * pitch;
         columns = bytes - begin - BYTES * across;
         rows = rows_ - row - first;
-        to = at + first * PITCH +
-             (BYTES == 16 ? across / 8 * BOX + 16 * (across % 8 ^ first & 7) : BYTES * across);
+        to = at + first * PITCH + BYTES * (BYTES == 16 ? across ^ (first & 7) : across);
     }
 
     __device__ __forceinline__ void fetch(u32 stage) {
@@ -184,20 +170,16 @@ __device__ __forceinline__ void cluster_barrier() {
                      : "memory");
 }
 
-__device__ __forceinline__ u32 address_in(u32 block, u32 own) {
-    u32 at;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(own), "r"(block));
-    return at;
-}
-
-// Four sums of the blocks from `first` on, in their order.
-__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int first, int blocks) {
+// Four sums of all blocks of the cluster, in the order of the blocks.
+__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int blocks) {
     float4 sum = {};
-    for (int block = first; block < first + blocks; ++block) {
+    for (u32 block = 0; block < blocks; ++block) {
+        u32 at;
         float4 part;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(own)), "r"(block));
         asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
-                     : "r"(address_in(block, shared_address(own))));
+                     : "r"(at));
         sum = add(sum, part);
     }
     return sum;
@@ -205,64 +187,12 @@ __device__ __forceinline__ float4 sum_of_blocks(const float4* own, int first, in
 
 // A kernel that was launched to follow this one may come in where there is room, and waits itself.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
-
-__device__ __forceinline__ void init_barrier(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-__device__ __forceinline__ void publish_barriers() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, int parity) {
-    u32 done;
-    do {
-        asm volatile(
-            "{\n.reg .pred p;\n"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (!done);
-}
-
-__device__ __forceinline__ void expect(u32 barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void arrive_at(u32 block, u32 barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                     address_in(block, barrier))
-                 : "memory");
-}
-
-// A box of X to the same place in all blocks of the mask; what lies outside is zero.
-__device__ __forceinline__ void copy_box(u32 to, const u64* map, int column, u32 barrier, u16 blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(0),
-        "r"(barrier), "h"(blocks)
-        : "memory");
-}
 #else
 __device__ __forceinline__ int cluster_blocks() { return 1; }
 __device__ __forceinline__ void cluster_barrier() {}
-__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int, int) { return *own; }
+__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int) { return *own; }
 __device__ __forceinline__ void let_next_begin() {}
-__device__ __forceinline__ void init_barrier(u32, int) {}
-__device__ __forceinline__ void publish_barriers() {}
-__device__ __forceinline__ void wait(u32, int) {}
-__device__ __forceinline__ void expect(u32, int) {}
-__device__ __forceinline__ void arrive_at(u32, u32) {}
-__device__ __forceinline__ void copy_box(u32, const u64*, int, u32, u16) {}
 #endif
-
-// Of the threads that multiply, not of the warp that fetches.
-__device__ __forceinline__ void barrier() {
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-}
 
 // Four outputs of a token in shared memory, by the first warps along the inputs.
 __device__ __forceinline__ float4* group(float* shared, int number) {
@@ -283,7 +213,7 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
     const int row = warp % WM * 16 * MT, wk = warp / WM;
     const u32 at_a = stage + (row + lane % 16) * STEP + 128 * wk + 16 * (lane / 16 ^ lane % 8);
     const int chunk = SPARSE ? lane / 8 : lane / 8 % 2;
-    const u32 at_x = stage + A_BYTES + (SPARSE ? 2 : 1) * wk * X_BOX + lane % 8 * 128 +
+    const u32 at_x = stage + A_BYTES + lane % 8 * 2 * STEP + (SPARSE ? 256 : 128) * wk +
                      16 * (chunk ^ lane % 8);
     const u32 at_e = stage + A_BYTES + X_BYTES + (row + lane / 4) * (STEP / 8) + 16 * wk;
     u32 lower[MT][4], upper[MT][4];
@@ -301,8 +231,7 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
         u32 b[NT][4];
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            const u32 at =
-                (SPARSE ? (at_x + k / 2 * X_BOX) ^ 64 * (k % 2) : at_x ^ 32 * k) + 8 * n * 128;
+            const u32 at = (at_x ^ (SPARSE ? 64 : 32) * k) + 8 * n * 2 * STEP;
             if (SPARSE) load4(b[n], at);
             else load2(b[n], at);
         }
@@ -320,94 +249,47 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
     }
 }
 
-// Where a block stands among those of its cluster: `share` tiles, each split among `splits` blocks.
-struct Place {
-    int member, share, split, splits;
-
-    __device__ __forceinline__ int block(int other) const { return other * splits + split; }
-};
-
-// What the warp beside the others does: its share of the boxes of X, for every step.
-template <int X_STEP>
-__device__ __forceinline__ void fetch_inputs(const Arguments& arg, u32 base, u32 full, u32 empty,
-                                             int begin, int end, const Place& place) {
-    u16 blocks = 0;
-    for (int other = 0; other < place.share; ++other) blocks |= 1 << place.block(other);
-    constexpr int BOXES = X_STEP / 128;
-    const int lane = threadIdx.x % 32, box = place.member + place.share * lane;
-    for (int step = begin; step < end; ++step) {
-        const int use = (step - begin) / STAGES, stage = (step - begin) % STAGES;
-        if (use) wait(empty + 8 * stage, (use - 1) & 1);
-        if (lane == 0) expect(full + 8 * stage, BOXES * X_BOX);
-        __syncwarp();
-        if (box < BOXES)
-            copy_box(base + stage * STAGE + A_BYTES + box * X_BOX, arg.map,
-                     step * (X_STEP / 2) + 64 * box, full + 8 * stage, blocks);
-    }
-}
-
-// sums = rows of A times X over a split; then the warps along the inputs are added in order, and the
-// blocks of a cluster that split them. `part` is the split, of `parts`, inside the cluster or not.
+// sums = rows of A times X over this split; then the warps along the inputs are added in order, and
+// the blocks of a cluster.
 template <bool SPARSE>
 __device__ __forceinline__ void product(const Arguments& arg, char* memory, const char* a, int row,
-                                        int rows, int part, int parts, const Place& place) {
+                                        int rows, int split, int splits) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wk = warp / WM;
     const int width = SPARSE ? STEP : STEP / 2;  // columns of a step
     const int steps = (arg.inputs + width - 1) / width;
-    const int each = (steps + parts - 1) / parts;
-    const int begin = part * each;
-    const int end = min(begin + each, steps);
+    const int share = (steps + splits - 1) / splits;
+    const int begin = split * share;
+    const int end = min(begin + share, steps);
     const u32 base = shared_address(memory);
-    const u32 full = base + BARRIERS, empty = full + 8 * STAGES;
     constexpr int X_STEP = SPARSE ? 2 * STEP : STEP;
     const int a_row = SPARSE ? arg.inputs : 2 * arg.inputs;
-    Tile<16, STEP, ROWS, STEP, 128> weight(a, a_row, row, rows, a_row, begin * STEP, base);
-    Tile<16, X_STEP, TOKENS, 128, X_BOX> inputs(arg.x, arg.x_stride, 0, arg.tokens, 2 * arg.inputs,
-                                                begin * X_STEP, base + A_BYTES);
-    Tile<8, STEP / 8, ROWS, STEP / 8, 0> places(arg.metadata, arg.inputs / 8, row, rows,
-                                                arg.inputs / 8, begin * STEP / 8,
-                                                base + A_BYTES + X_BYTES);
+    Tile<16, STEP, ROWS, STEP> weight(a, a_row, row, rows, a_row, begin * STEP, base);
+    Tile<16, X_STEP, TOKENS, 2 * STEP> inputs(arg.x, arg.x_stride, 0, arg.tokens, 2 * arg.inputs,
+                                              begin * X_STEP, base + A_BYTES);
+    Tile<8, STEP / 8, ROWS, STEP / 8> places(arg.metadata, arg.inputs / 8, row, rows, arg.inputs / 8,
+                                             begin * STEP / 8, base + A_BYTES + X_BYTES);
     auto fetch = [&](int step, int stage) {
         if (step < end) {
             weight.fetch(stage * STAGE);
-            if (!SHARED) inputs.fetch(stage * STAGE);
+            inputs.fetch(stage * STAGE);
             if (SPARSE) places.fetch(stage * STAGE);
         }
         asm volatile("cp.async.commit_group;");
     };
-    if (warp < WM * WK) {
-#pragma unroll
-        for (int s = 0; s < STAGES - 1; ++s) fetch(begin + s, s);
-    }
-    if (SHARED) {
-        if (threadIdx.x < STAGES) {
-            init_barrier(full + 8 * threadIdx.x, 1);
-            init_barrier(empty + 8 * threadIdx.x, place.share);
-            publish_barriers();
-        }
-        if (place.share > 1) cluster_barrier();
-        else __syncthreads();
-        if (warp == WM * WK) {
-            fetch_inputs<X_STEP>(arg, base, full, empty, begin, end, place);
-            return;
-        }
-    }
     float sums[MT][NT][4] = {};
-    int read = 0, write = STAGES - 1, parity = 0;
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) fetch(begin + s, s);
+    int read = 0, write = STAGES - 1;
     for (int step = begin; step < end; ++step) {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
-        barrier();
-        if (SHARED && step > begin && threadIdx.x < place.share)
-            arrive_at(place.block(threadIdx.x), empty + 8 * write);
+        __syncthreads();
         fetch(step + STAGES - 1, write);
-        if (SHARED) wait(full + 8 * read, parity);
         compute<SPARSE>(sums, base + read * STAGE, arg.inputs - step * width - wk * (width / WK));
         read = read + 1 == STAGES ? 0 : read + 1;
         write = write + 1 == STAGES ? 0 : write + 1;
-        parity ^= read == 0;
     }
     asm volatile("cp.async.wait_group 0;");
-    barrier();
+    __syncthreads();
     float* shared = reinterpret_cast<float*>(memory);
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -419,23 +301,21 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
                 const int t = 8 * n + 2 * (lane % 4) + i % 2;
                 shared[(wk * TOKENS + t) * SUM_STRIDE + r] = sums[m][n][i];
             }
-    barrier();
-    const bool together = place.splits > 1;
+    __syncthreads();
+    const bool together = SPARSE && cluster_blocks() > 1;
     if (together) {
         for (int i = threadIdx.x; WK > 1 && i < GROUPS; i += THREADS)
             group(shared, i)[0] = sum_of_warps(shared, i);
         cluster_barrier();
     }
-    const int first = together ? part * THREADS : 0;
-    const int stride = together ? parts * THREADS : THREADS;
+    const int first = together ? split * THREADS : 0;
+    const int stride = together ? splits * THREADS : THREADS;
     for (int i = first + threadIdx.x; i < GROUPS; i += stride) {
         const int t = i / (ROWS / 4), r = i % (ROWS / 4) * 4 + row;
         if (t >= arg.tokens || r >= rows) continue;
-        const float4 sum = together
-                               ? sum_of_blocks(group(shared, i), place.member * parts, parts)
-                               : sum_of_warps(shared, i);
+        const float4 sum = together ? sum_of_blocks(group(shared, i), splits) : sum_of_warps(shared, i);
         const long long at = static_cast<long long>(t) * rows + r;
-        const long long skipped = static_cast<long long>(together ? 0 : part) * arg.tokens * rows;
+        const long long skipped = static_cast<long long>(together ? 0 : split) * arg.tokens * rows;
         if (!SPARSE) {
             const float each[4] = {sum.x, sum.y, sum.z, sum.w};
             for (int j = 0; j < min(4, rows - r); ++j) arg.low[skipped + at + j] = each[j];
@@ -449,12 +329,11 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
             *reinterpret_cast<float4*>(arg.partial + skipped + at) = sum;
         }
     }
-    if (place.share * place.splits > 1) cluster_barrier();  // others may still reach into this block
+    if (together) cluster_barrier();  // the others may still read this block's sums
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32 * SHARED)
-    slope_decode(const __grid_constant__ Arguments arg) {
-    extern __shared__ __align__(1024) char memory[];
+extern "C" __global__ void __launch_bounds__(THREADS) slope_decode(const Arguments arg) {
+    extern __shared__ __align__(256) char memory[];
     let_next_begin();
     const int tiles = (arg.outputs + ROWS - 1) / ROWS, cluster = cluster_blocks();
     const int low_tiles = (arg.rank + ROWS - 1) / ROWS, low_blocks = low_tiles * arg.low_splits;
@@ -463,13 +342,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * SHARED)
     // A row of down is longer than one of W^R compressed, so these blocks come first, in more parts.
     if (block < low_blocks) {
         product<false>(arg, memory, arg.down, block % low_tiles * ROWS, arg.rank, block / low_tiles,
-                       arg.low_splits, Place{0, 1, block % cluster, 1});
+                       arg.low_splits);
     } else if (block >= first) {
-        const int rank = block % cluster, splits = cluster / arg.share;
-        const int groups = (tiles + arg.share - 1) / arg.share, number = (block - first) / cluster;
-        const Place place{rank / splits, arg.share, rank % splits, splits};
-        const int part = splits > 1 ? place.split : number / groups;
-        product<true>(arg, memory, arg.values, (number % groups * arg.share + place.member) * ROWS,
-                      arg.outputs, part, arg.splits, place);
+        const int tile = cluster > 1 ? (block - first) / cluster : (block - first) % tiles;
+        const int split = cluster > 1 ? (block - first) % cluster : (block - first) / tiles;
+        product<true>(arg, memory, arg.values, tile * ROWS, arg.outputs, split, arg.splits);
     }
 }

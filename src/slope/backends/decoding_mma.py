@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,9 @@ from slope.backends.decoding import finish, too_many_tokens
 
 _SOURCE = "decode.cu"
 _FIRST_CUDA = (12, 5)  # whose PTX has mma.sp::ordered_metadata
-_LOW_SPLITS = 2  # at most, of X downᵀ along I
+_LOW_COLUMNS = 3584  # of a split of X downᵀ: longer ones outlast the blocks of W^R
 _CLUSTERS_FROM = 9  # compute capability
-_LARGEST_CLUSTER = 8  # blocks; more are not portable
+LARGEST_CLUSTER = 8  # blocks; more are not portable
 _MULTIPLE = 64  # of I: a copy moves 8 bytes of metadata
 
 
@@ -34,7 +35,6 @@ class MmaLaunch(NamedTuple):
         column_warps: warps of a block along I, 128 columns each.
         stages: steps in flight.
         blocks: that I is split for where there are fewer tiles; 0 never splits it.
-        share: tiles of outputs that fetch X together, on GPUs with clusters.
     """
 
     token_tiles: int
@@ -43,7 +43,6 @@ class MmaLaunch(NamedTuple):
     column_warps: int
     stages: int
     blocks: int
-    share: int = 1
 
     @property
     def rows(self) -> int:
@@ -59,76 +58,97 @@ class MmaLaunch(NamedTuple):
     def shared(self) -> int:
         """Bytes of shared memory: the steps in flight, then the sums of the warps along I."""
         step, tokens = 128 * self.column_warps, 8 * self.token_tiles
-        stage = self.rows * step + tokens * 2 * step + self.rows * step // 8
-        stages = self.stages * -(-stage // 1024) * 1024
-        sums = 4 * self.column_warps * tokens * (self.rows + 4)
-        return max(stages, sums) + 16 * self.stages  # barriers
+        stage = self.rows * step + 2 * tokens * step + self.rows * step // 8
+        return max(self.stages * stage, 4 * self.column_warps * tokens * (self.rows + 4))
 
     def splits(self, out_features: int, in_features: int) -> int:
         """Blocks that share the columns of one tile."""
         tiles = -(-out_features // self.rows)
-        steps = -(-in_features // (256 * self.column_warps))
-        return max(1, min(self.blocks // tiles, steps // 2))
+        enough = in_features // (192 * self.column_warps)  # for a step and a half each
+        return max(1, min(self.blocks // tiles, enough, LARGEST_CLUSTER))
 
     def low_splits(self, in_features: int) -> int:
         """Blocks that share the columns of one tile of down."""
-        return max(1, min(_LOW_SPLITS, in_features // (64 * self.column_warps) // 2))
+        most = max(2, in_features // _LOW_COLUMNS)
+        return max(1, min(most, in_features // (64 * self.column_warps) // 2))
 
 
-# For up to 8, 16, 32 and 64 tokens, each for the outputs up to these bounds: the fastest of 6 cuts
-# with 1, 2, 4 and 8 splits on an H200, by 14 shapes from 768 x 768 to 50304 x 4096; from 5120 to
-# 7168 outputs the fastest of those that tests/gpu checks.
-_OUTPUTS = (2048, 4608, 8192, float("inf"))
+class _Best(NamedTuple):
+    """A cut and the products that it is for: the first of a list whose bounds hold."""
+
+    outputs: float
+    inputs: float
+    cut: MmaLaunch
+
+
+# For up to 8, 16, 32 and 64 tokens the fastest on an H200 of about ten cuts, split up to 8 times,
+# by 14 shapes from 768 x 768 to 50304 x 4096 (benchmarks/gpu_decode.py --cuts).
+_ANY = math.inf
 _LAUNCHES = {
     8: (
-        MmaLaunch(1, 1, 1, 8, 3, 0), MmaLaunch(1, 1, 1, 4, 4, 0), MmaLaunch(1, 1, 1, 4, 4, 0),
-        MmaLaunch(1, 1, 2, 2, 3, 0),
+        _Best(2048, _ANY, MmaLaunch(1, 1, 1, 8, 3, 0)),
+        _Best(8192, _ANY, MmaLaunch(1, 1, 1, 4, 4, 0)),
+        _Best(_ANY, _ANY, MmaLaunch(1, 1, 2, 2, 3, 0)),
     ),
     16: (
-        MmaLaunch(2, 1, 1, 4, 4, 0), MmaLaunch(2, 2, 1, 8, 3, 0), MmaLaunch(2, 2, 2, 2, 3, 224),
-        MmaLaunch(2, 2, 2, 2, 3, 0),
+        _Best(2048, _ANY, MmaLaunch(2, 1, 1, 4, 4, 144)),
+        _Best(4608, 8192, MmaLaunch(2, 2, 1, 8, 3, 0)),
+        _Best(4608, _ANY, MmaLaunch(2, 1, 2, 2, 4, 256)),
+        _Best(8192, _ANY, MmaLaunch(2, 2, 2, 2, 3, 224)),
+        _Best(_ANY, 8192, MmaLaunch(2, 2, 2, 2, 3, 0)),
+        _Best(_ANY, _ANY, MmaLaunch(2, 1, 2, 2, 4, 0)),
     ),
     32: (
-        MmaLaunch(4, 1, 1, 4, 4, 0), MmaLaunch(4, 2, 1, 4, 3, 0), MmaLaunch(4, 2, 2, 2, 3, 224),
-        MmaLaunch(4, 2, 2, 2, 3, 0),
+        _Best(2048, _ANY, MmaLaunch(4, 1, 1, 4, 4, 128)),
+        _Best(4608, _ANY, MmaLaunch(4, 2, 1, 4, 3, 0)),
+        _Best(8192, _ANY, MmaLaunch(4, 2, 2, 2, 3, 224)),
+        _Best(_ANY, 8192, MmaLaunch(4, 2, 2, 2, 3, 0)),
+        _Best(16384, _ANY, MmaLaunch(4, 4, 4, 2, 2, 132)),
+        _Best(_ANY, _ANY, MmaLaunch(4, 2, 2, 2, 3, 0)),
     ),
     64: (
-        MmaLaunch(8, 1, 2, 4, 2, 132), MmaLaunch(8, 2, 2, 4, 2, 132), MmaLaunch(8, 2, 2, 4, 2, 0),
-        MmaLaunch(8, 2, 4, 2, 3, 0),
+        _Best(4608, 1024, MmaLaunch(8, 1, 2, 4, 2, 0)),
+        _Best(2048, _ANY, MmaLaunch(8, 2, 2, 2, 3, 96)),
+        _Best(4608, _ANY, MmaLaunch(8, 2, 2, 4, 2, 132)),
+        _Best(8192, _ANY, MmaLaunch(8, 2, 4, 2, 3, 112)),
+        _Best(_ANY, 8192, MmaLaunch(8, 2, 4, 2, 3, 0)),
+        _Best(16384, _ANY, MmaLaunch(8, 2, 4, 2, 3, 216)),
+        _Best(_ANY, _ANY, MmaLaunch(8, 2, 2, 4, 2, 0)),
     ),
-}  # fmt: skip
+}
 
 
 class _Arguments(ctypes.Structure):
     """``struct Arguments`` of the source."""
 
     _fields_ = (
-        ("map", nvrtc.TensorMap),
         *((name, ctypes.c_void_p) for name in (
             "values", "metadata", "x", "bias", "down", "y", "partial", "low",
         )),
         ("x_stride", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in (
-            "tokens", "outputs", "inputs", "rank", "splits", "low_splits", "share",
+            "tokens", "outputs", "inputs", "rank", "splits", "low_splits",
         )),
-        ("padding", ctypes.c_int * 7),  # to the 64 bytes that a tensor map is aligned to
     )  # fmt: skip
 
 
-def launch_for(tokens: int, out_features: int, shared_memory: int) -> MmaLaunch | None:
+def launch_for(
+    tokens: int, out_features: int, in_features: int, shared_memory: int
+) -> MmaLaunch | None:
     """The cut for 1 to 64 tokens.
 
     Args:
         tokens: T.
         out_features: O.
+        in_features: I.
         shared_memory: bytes that a block may have.
 
     Returns:
         The table's, or another that fits into less memory; None if none does.
     """
-    cuts = next(cuts for most, cuts in _LAUNCHES.items() if tokens <= most)
-    best = next(number for number, most in enumerate(_OUTPUTS) if out_features <= most)
-    return next((cut for cut in cuts[best:] + cuts[:best] if cut.shared <= shared_memory), None)
+    rows = next(rows for most, rows in _LAUNCHES.items() if tokens <= most)
+    best = [row for row in rows if out_features <= row.outputs and in_features <= row.inputs]
+    return next((row.cut for row in (*best, *rows) if row.cut.shared <= shared_memory), None)
 
 
 @functools.cache
@@ -168,7 +188,7 @@ def why_no_mma(
     if values_dtype != dtype:
         names = (str(each).removeprefix("torch.") for each in (values_dtype, dtype))
         return "the kernel casts nothing, and {} values are needed as {}".format(*names)
-    if launch_for(tokens, out_features, _shared_memory(device)) is None:
+    if launch_for(tokens, out_features, in_features, _shared_memory(device)) is None:
         memory = f"the GPU's {_shared_memory(device)} bytes of shared memory"
         return f"{tokens} tokens take more than {memory}"
     return None
@@ -185,8 +205,7 @@ def _why_no_compiler() -> str | None:
 def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int]:
     """What ``decode.cu`` is compiled with."""
     names = ("NT", "MT", "WM", "WK", "STAGES")
-    shared, bf16 = int(launch.share > 1), int(dtype == torch.bfloat16)
-    return dict(zip(names, launch, strict=False)) | {"SHARED": shared, "BF16": bf16}
+    return dict(zip(names, launch, strict=False)) | {"BF16": int(dtype == torch.bfloat16)}
 
 
 @functools.cache
@@ -239,45 +258,34 @@ def decode_mma(
     if not y.numel():
         return y
     device = x.device.index
-    cut = launch or launch_for(tokens, out_features, _shared_memory(device))
+    cut = launch or launch_for(tokens, out_features, in_features, _shared_memory(device))
     if cut is None:
         raise RuntimeError("no cut fits into the GPU's shared memory; ask why_no_mma first.")
     splits = splits or cut.splits(out_features, in_features)
     rank = 0 if up is None else up.shape[1]
-    clusters = _has_clusters(device)
-    share = cut.share if clusters else 1
-    cut = cut._replace(blocks=0, share=min(share, 2))  # all that it is compiled for
-    together = splits if clusters and share * splits <= _LARGEST_CLUSTER else 1
-    final = splits == together and rank == 0
+    cluster = splits if splits <= LARGEST_CLUSTER and _has_clusters(device) else 1
+    final = splits == cluster and rank == 0
     partial = low_partial = None
     if not final:
-        partial = x.new_empty((splits // together, tokens, out_features), dtype=torch.float32)
+        partial = x.new_empty((splits // cluster, tokens, out_features), dtype=torch.float32)
     low_splits = (low_splits or cut.low_splits(in_features)) if rank else 0
     if rank:
         low_partial = x.new_empty((low_splits, tokens, rank), dtype=torch.float32)
-    x = x if x.stride(0) % 8 == 0 and x.stride(0) >= in_features else x.contiguous()
+    x = x if x.stride(0) % 8 == 0 else x.contiguous()
     x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
     down = None if down is None else _aligned(down)
     written = y if final else None, partial, low_partial
-    described = nvrtc.TensorMap()
-    if share > 1:
-        described = nvrtc.tensor_map(
-            x.data_ptr(), x.dtype, (tokens, in_features), x.stride(0), (8 * cut.token_tiles, 64)
-        )
     argument = _Arguments(
-        described, *map(_pointer, (values, metadata, x, bias, down, *written)),
-        x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits, low_splits,
-        share,
+        *map(_pointer, (values, metadata, x, bias, down, *written)),
+        x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits,
+        low_splits,
     )  # fmt: skip
-    cluster = share * together
     low_blocks = -(-rank // cut.rows) * low_splits
-    blocks = -(-out_features // (cut.rows * share)) * share * splits
-    blocks += -(-low_blocks // cluster) * cluster
-    threads = cut.threads + (32 if share > 1 else 0)  # a warp that fetches X
+    blocks = -(-out_features // cut.rows) * splits + -(-low_blocks // cluster) * cluster
     stream = torch._C._cuda_getCurrentRawStream(device)
-    _kernel(cut, x.dtype, device)(blocks, threads, argument, stream, cluster)
+    _kernel(cut, x.dtype, device)(blocks, cut.threads, argument, stream, cluster)
     if partial is not None:
-        finish(partial, low_partial, up, bias, y, scale, early=clusters)
+        finish(partial, low_partial, up, bias, y, scale, early=_has_clusters(device))
     return y
 
 

@@ -17,12 +17,6 @@ import torch
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that need not be asked for
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-_MAP_ALIGNMENT = 64
-_MAP_DTYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
-_SWIZZLE_128B = 3  # CU_TENSOR_MAP_SWIZZLE_128B
-
-TensorMap = ctypes.c_uint64 * 16
-"""``CUtensorMap``."""
 
 
 class NvrtcError(RuntimeError):
@@ -130,9 +124,7 @@ class Kernel:
         self, source: str, function: str, constants: Mapping[str, int], shared: int
     ) -> None:
         major, minor = torch.cuda.get_device_capability()
-        # Multicast copies are fast only in code for this very architecture.
-        architecture = f"sm_{major}{minor}{'a' if major == 9 else ''}"
-        binary = compile_source(source, constants, architecture)
+        binary = compile_source(source, constants, f"sm_{major}{minor}")
         self._driver = _driver()
         self._shared = shared
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -176,40 +168,6 @@ class Kernel:
         status = getattr(self._driver, function)(*arguments)
         if status:
             raise NvrtcError(f"{function} returned CUDA error {status}")
-
-
-@functools.lru_cache(maxsize=256)
-def tensor_map(
-    pointer: int, dtype: torch.dtype, shape: tuple[int, int], stride: int, box: tuple[int, int]
-) -> ctypes.Array[ctypes.c_uint64]:
-    """A map by which a kernel copies boxes of a matrix into shared memory.
-
-    The 16-byte parts of 128 bytes of a row are swapped, as ``CU_TENSOR_MAP_SWIZZLE_128B`` says.
-
-    Args:
-        pointer: address of the matrix, a multiple of 16.
-        dtype: bf16 or fp16.
-        shape: rows and columns; what lies outside is read as zero.
-        stride: elements from row to row, a multiple of 8.
-        box: rows and columns of a copy.
-
-    Returns:
-        A :data:`TensorMap`; a function of the arguments, not of what stands at the address.
-
-    Raises:
-        NvrtcError: if the driver refuses.
-    """
-    memory = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + _MAP_ALIGNMENT)
-    offset = -ctypes.addressof(memory) % _MAP_ALIGNMENT
-    status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(ctypes.addressof(memory) + offset), _MAP_DTYPES[dtype], 2,
-        ctypes.c_void_p(pointer), (ctypes.c_uint64 * 2)(*reversed(shape)),
-        (ctypes.c_uint64 * 1)(stride * dtype.itemsize), (ctypes.c_uint32 * 2)(*reversed(box)),
-        (ctypes.c_uint32 * 2)(1, 1), 0, _SWIZZLE_128B, 0, 0,
-    )  # fmt: skip
-    if status:
-        raise NvrtcError(f"cuTensorMapEncodeTiled returned CUDA error {status}")
-    return TensorMap.from_buffer_copy(memory, offset)
 
 
 @functools.cache

@@ -71,7 +71,6 @@ class InferBench(Experiment):
 
     def measure(self, case: ModelCase, lab: Lab) -> Iterator[Row]:
         """Every contender in turns, for each number of tokens."""
-        torch.compiler.reset()
         made: dict[str, nn.Module] = {}
 
         def prepare(name: str, phase: str, tokens: int) -> Call:
@@ -80,6 +79,7 @@ class InferBench(Experiment):
             return self._call(made[name], phase, tokens)
 
         for phase, tokens in self.sizes:
+            torch.compiler.reset()  # a graph is for one number of tokens
             factories = {
                 name: (lambda name=name, size=(phase, tokens): prepare(name, *size))
                 for name in self.contenders
