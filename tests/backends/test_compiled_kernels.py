@@ -84,15 +84,16 @@ def launches(monkeypatch):
     """Kernels with their arguments, numbers told from constants, instead of being launched."""
     recorded = []
 
-    def record(launcher, grid, tensors, numbers, constants, num_warps=4):
-        recorded.append((launcher._kernel, tensors, numbers, constants, num_warps))
+    def record(launcher, grid, tensors, numbers, constants, num_warps=4, early=False):
+        options = {"num_warps": num_warps} | ({"launch_pdl": True} if early else {})
+        recorded.append((launcher._kernel, tensors, numbers, constants, options))
 
     class Select:
         fn = selection.select_kernel
 
         def __getitem__(self, grid):
             return lambda scores, keep, groups, inner, *constants: recorded.append(
-                (self.fn, (scores, keep), (groups, inner), constants, 4)
+                (self.fn, (scores, keep), (groups, inner), constants, {"num_warps": 4})
             )
 
     monkeypatch.setattr(Launcher, "__call__", record)
@@ -102,7 +103,7 @@ def launches(monkeypatch):
 
 def compiled(launch, capability):
     """As Triton's JIT would do for a launch: what is None, or the number 1, becomes a constant."""
-    kernel, tensors, numbers, constants, num_warps = launch
+    kernel, tensors, numbers, constants, options = launch
     signature, fixed, aligned = {}, {}, {}
     arguments = zip(kernel.arg_names, (*tensors, *numbers, *constants), strict=True)
     for place, (name, value) in enumerate(arguments):
@@ -118,7 +119,7 @@ def compiled(launch, capability):
     return triton.compile(
         ASTSource(kernel, signature, fixed, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps},
+        options=options,
     )
 
 
@@ -134,6 +135,16 @@ def test_what_is_launched_compiles_and_has_room(launches, name, capability):
         binary = compiled(launch, capability)
         assert f"sm_{capability}" in binary.asm["ptx"]
         assert binary.metadata.shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.usefixtures("_cache")
+def test_a_second_launch_that_begins_early_waits_for_the_first(launches):
+    partial, y = torch.empty(2, 4, 192), torch.empty(4, 192, dtype=torch.bfloat16)
+    for early in (True, False):
+        decoding.finish(partial, None, None, None, y, 1.0, early=early)
+    (first, second) = (compiled(launch, 90) for launch in launches)
+    assert "griddepcontrol.wait" in first.asm["ptx"] and first.metadata.launch_pdl
+    assert "griddepcontrol" not in second.asm["ptx"] and not second.metadata.launch_pdl
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
