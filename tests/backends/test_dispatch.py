@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 import torch
 
 import slope
-from slope.backends import DenseBackend, dispatch, get_backend, ops
+from slope.backends import DenseBackend, dispatch, get_backend, ops, tuning
 from slope.backends.choices import ChoiceStore
 from slope.backends.support import why_no_kernels, why_not_sparse_kernels
 from slope.backends.tuning import ProductKey, Tuner, bucket
@@ -19,15 +20,15 @@ TIMES = {"cusparselt": 10.0, "dense": 20.0}
 
 
 def tuner_of(folder, times=TIMES, calls=None, machine="gpu one"):
-    def timer(paths):
+    def timer(paths, kernels_alone):
         if calls is not None:
-            calls.append(sorted(paths))
+            calls.append((sorted(paths), kernels_alone))
         return {name: times[name] for name in paths}
 
     return Tuner(ChoiceStore(folder), {"gpu": machine}, timer)
 
 
-def choose(tuner, search=lambda: 7, failing=()):
+def choose(tuner, search=lambda: 7, failing=(), key=KEY):
     def path(name):
         def do(algorithm):
             if name in failing:
@@ -37,7 +38,7 @@ def choose(tuner, search=lambda: 7, failing=()):
         return do
 
     paths = {name: path(name) for name in ("cusparselt", "dense")}
-    return tuner.choose(KEY, paths, search)
+    return tuner.choose(key, paths, search)
 
 
 def test_the_fastest_wins_and_is_measured_once(tmp_path):
@@ -48,6 +49,51 @@ def test_the_fastest_wins_and_is_measured_once(tmp_path):
         assert (choice.path, choice.algorithm) == ("cusparselt", 7)
     assert len(calls) == 1
     assert choice.reason() == "cusparselt 10.0 µs, dense 20.0 µs"
+
+
+@pytest.mark.parametrize(("tokens", "alone"), [(1, True), (64, True), (128, False)])
+def test_a_few_tokens_are_chosen_by_the_kernels_alone(tmp_path, tokens, alone):
+    calls = []
+    choose(tuner_of(tmp_path, calls=calls), key=replace(KEY, tokens=tokens))
+    assert calls == [(["cusparselt", "dense"], alone)]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_gpu_sleeps_until_calls_are_queued(monkeypatch, alone):
+    """Time that passes on the host, on a clock that calls alone move, is not the GPU's."""
+    now, done, slept = [0.0], [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def elapsed_time(self, other):
+            return 0.8
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: slept.append(cycles), raising=False)
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now[0])
+
+    def quick():
+        now[0] += 1e-4
+
+    def slow():
+        now[0] += 1.0
+
+    times = tuning.time_interleaved({"quick": quick, "slow": slow}, alone)
+    assert times == {"quick": pytest.approx(100), "slow": pytest.approx(100)}
+    rounds = 2 * (tuning.ROUNDS + 1)
+    assert done == ["wait", "event", "event", "wait"] * rounds
+    # Twice as long as eight calls took; no longer than 20 ms. The first round warms up.
+    expected = [0, 0] + [
+        pytest.approx(16e-4 * 2e9, abs=2),
+        pytest.approx(0.02 * 2e9),
+    ] * tuning.ROUNDS
+    assert slept == (expected if alone else [])
 
 
 def test_a_slower_sparse_product_goes_dense(tmp_path):

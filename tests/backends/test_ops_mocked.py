@@ -46,7 +46,8 @@ def fake(tmp_path, monkeypatch):
         pack_rows=lambda values, metadata, dtype: layout.pack(values.to(dtype), metadata),
         pack_columns=pack_columns, expand=expand, gather_gradient=gather_gradient,
     )  # fmt: skip
-    tuner, chosen = Tuner(ChoiceStore(tmp_path), {}, lambda paths: dict.fromkeys(paths, 1.0)), {}
+    tuner = Tuner(ChoiceStore(tmp_path), {}, lambda paths, _: dict.fromkeys(paths, 1.0))
+    chosen = {}
     for name, value in {
         "_on_gpu": lambda tensor: True, "_can_measure": lambda: True, "_kernels": lambda: kernels,
         "_products": lambda: products, "tuner": lambda: tuner, "_chosen": lambda: chosen,

@@ -279,7 +279,7 @@ def _choose(
     names = dict.fromkeys((*paths, only))
     refused = {name: reason for name in names if (reason := _why_not(name, product))}
     if "mma" in paths and not {"mma", "triton"} & refused.keys() and only != "triton":
-        # Host time is measured too, which hides which of the two kernels is the faster one.
+        # It takes seconds to compile for a shape, and was the slower one at every shape measured.
         refused["triton"] = "mma does the same by a faster kernel"
     wanted = {name: path for name, path in paths.items() if name not in refused}
     choice = Choice("dense")

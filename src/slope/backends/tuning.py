@@ -2,7 +2,8 @@
 
 A choice belongs to (operation, shape, bucket of tokens, dtypes, GPU, library versions). Paths are
 timed as a user runs them, back to back on the current stream, so a path that keeps the host longer
-than the GPU loses where it should.
+than the GPU loses where it should. Not so for a few tokens: there every path waits for the host,
+about as long, so kernels alone are timed. They are what CUDA graphs and compiled models run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 
 ROUNDS = 5
 CALLS_PER_ROUND = 8
+_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at least
+_LONGEST_HOST = 0.02  # seconds that the calls of a round are waited for
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,14 @@ class Tuner:
     Args:
         store: where choices outlive the process.
         machine: GPU and library versions, part of every key on disk.
-        timer: (callable) -> µs of one call; stands for the GPU's clock in tests.
+        timer: as :func:`time_interleaved`; stands for the GPU's clock in tests.
     """
 
     def __init__(
         self,
         store: ChoiceStore,
         machine: Mapping[str, str],
-        timer: Callable[[Mapping[str, Callable[[], Any]]], dict[str, float]] | None = None,
+        timer: Callable[[Mapping[str, Callable[[], Any]], bool], dict[str, float]] | None = None,
     ) -> None:
         self._store = store
         self._machine = dict(machine)
@@ -140,7 +144,7 @@ class Tuner:
             found = Choice(**on_disk)
             self._known[key] = found
             return found
-        found = self._measure(paths, search)
+        found = self._measure(paths, search, key.tokens <= MAX_TOKENS)
         self._known[key] = found
         if not found.refused:  # there may have been no memory left, which is no property of a GPU
             self._store.save(where, asdict(found))
@@ -148,7 +152,10 @@ class Tuner:
         return found
 
     def _measure(
-        self, paths: Mapping[str, Callable[[int | None], Any]], search: Callable[[], int | None]
+        self,
+        paths: Mapping[str, Callable[[int | None], Any]],
+        search: Callable[[], int | None],
+        kernels_alone: bool,
     ) -> Choice:
         algorithm: int | None = None
         refused: dict[str, str] = {}
@@ -165,21 +172,35 @@ class Tuner:
                 refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
         if not ready:
             raise RuntimeError(f"no path can do this product: {refused}")
-        times = self._timer(ready)
+        times = self._timer(ready, kernels_alone)
         best = min(times, key=lambda name: times[name])
         return Choice(best, algorithm, times, refused)
 
 
-def time_interleaved(paths: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median µs per call of each path, the paths taking turns; synchronises."""
+def time_interleaved(
+    paths: Mapping[str, Callable[[], Any]], kernels_alone: bool = False
+) -> dict[str, float]:
+    """Median µs per call of each path, the paths taking turns; synchronises.
+
+    Args:
+        paths: calls by name, each made before.
+        kernels_alone: the GPU sleeps until a round's calls are queued, so that none waits for the
+            host.
+    """
     samples: dict[str, list[float]] = {name: [] for name in paths}
+    host = dict.fromkeys(paths, 0.0)
     for round_ in range(ROUNDS + 1):
         for name, call in paths.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
+            if kernels_alone:  # twice as long as the last round's calls took to queue
+                seconds = min(2 * host[name], _LONGEST_HOST)
+                torch.cuda._sleep(int(seconds * _CYCLES_PER_SECOND))
             begin.record()
+            started = time.perf_counter()
             for _ in range(CALLS_PER_ROUND):
                 call()
+            host[name] = time.perf_counter() - started
             end.record()
             torch.cuda.synchronize()
             if round_:  # the first round warms up
