@@ -238,7 +238,7 @@ def test_while_a_graph_is_captured_nothing_is_measured_or_kept(gpu):
     assert run(product())[0] == "cusparselt"
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 2}', b"\xff\xfe"])
 def test_a_damaged_file_is_measured_again(tmp_path, damage, caplog):
     choose(tuner_of(tmp_path))
     (file,) = tmp_path.iterdir()
@@ -248,6 +248,15 @@ def test_a_damaged_file_is_measured_again(tmp_path, damage, caplog):
     assert len(calls) == 1
     assert "it is measured again" in caplog.text
     assert json.loads(file.read_text())["choice"]["path"] == "cusparselt"
+
+
+def test_a_choice_of_an_earlier_version_is_measured_again(tmp_path, caplog):
+    choose(tuner_of(tmp_path))
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 1}))
+    calls = []
+    choose(tuner_of(tmp_path, calls=calls))
+    assert len(calls) == 1 and "cannot read" not in caplog.text
 
 
 def _write_often(folder):
