@@ -110,6 +110,7 @@ _LAUNCHES = {
         _Best(4608, 1024, MmaLaunch(8, 1, 2, 4, 2, 0)),
         _Best(2048, _ANY, MmaLaunch(8, 2, 2, 2, 3, 96)),
         _Best(4608, _ANY, MmaLaunch(8, 2, 2, 4, 2, 132)),
+        _Best(6144, _ANY, MmaLaunch(8, 2, 2, 4, 2, 0)),
         _Best(8192, _ANY, MmaLaunch(8, 2, 4, 2, 3, 112)),
         _Best(_ANY, 8192, MmaLaunch(8, 2, 4, 2, 3, 0)),
         _Best(16384, _ANY, MmaLaunch(8, 2, 4, 2, 3, 216)),
