@@ -10,11 +10,14 @@ dense / SLoPe of the same round. Process 0 prints.
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import os
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,11 +60,15 @@ def compare(case: ModelCase, options: argparse.Namespace, device: torch.device) 
         model = models.build(case, length, device, torch.float32, config)
         sent[name] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         tokens = models.random_tokens(model, batch, length, device)
-        wrapped = DistributedDataParallel(
-            model, device_ids=[device.index], gradient_as_bucket_view=True
-        )
-        steps[name] = step_of(wrapped, tokens, sync=True)
-        steps[f"{name}, no all-reduce"] = step_of(wrapped, tokens, sync=False)
+        # As the training program does it; torch 2.13 has a new name for leaving buffers alone.
+        known = inspect.signature(DistributedDataParallel).parameters
+        alone = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        wrapped = DistributedDataParallel(model, device_ids=[device.index], **{alone: False})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        forward = torch.compile(wrapped)
+        for sync, suffix in ((True, ""), (False, ", no all-reduce")):
+            step = functools.partial(take_step, wrapped, forward, optimizer, tokens, sync)
+            steps[name + suffix] = step
     for step in steps.values():
         for _ in range(3):
             step()
@@ -81,23 +88,21 @@ def compare(case: ModelCase, options: argparse.Namespace, device: torch.device) 
         report(case, batch, length, times, sent)
 
 
-def step_of(
-    wrapped: DistributedDataParallel, tokens: torch.Tensor, sync: bool
-) -> Callable[[], None]:
-    """A step of forward, backward, clipping and fused AdamW; one compiled model for both."""
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-4, fused=True)
-    forward = torch.compile(wrapped)
-
-    def step() -> None:
-        with nullcontext() if sync else wrapped.no_sync():
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
-        nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def take_step(
+    wrapped: DistributedDataParallel,
+    forward: Callable[..., Any],
+    optimizer: torch.optim.Optimizer,
+    tokens: torch.Tensor,
+    sync: bool,
+) -> None:
+    """Forward, backward, clipping and fused AdamW; ``forward`` is the compiled ``wrapped``."""
+    with nullcontext() if sync else wrapped.no_sync():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+    nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def report(

@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=2048)
     options = parser.parse_args()
     depths = [int(word) for word in options.layers.split(",")]
+    if len(set(depths)) < 2:
+        parser.error(f"--layers {options.layers} must be two depths, for example --layers 2,4.")
     for model in options.models.split(","):
         shares = {}
         for layers in depths:

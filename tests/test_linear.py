@@ -694,6 +694,31 @@ def test_a_compiled_graph_takes_the_operand_that_eager_mode_made():
         layer(x)
         layer.set_dense(layer.to_dense(), layer.keep_mask())
         torch.testing.assert_close(compiled(x), plain)
+        layer(x)
+        torch.testing.assert_close(compiled(x), plain + 1)
+        assert copy.deepcopy(layer)._operand is None  # its values lie elsewhere
+        layer.metadata = layer.metadata.clone()
+        torch.testing.assert_close(compiled(x), plain)
+        layer(x)
+        exported = torch.export.export(layer, (x,)).module()
+        torch.testing.assert_close(exported(x), plain)
+
+
+def test_a_layer_served_in_inference_mode_can_be_trained_again():
+    class Sharing(DenseBackend):
+        def share_operand(self, weight):
+            packed = torch.cat([weight.values.detach().flatten(), torch.zeros(8)])
+            weight.values.data = packed[: weight.values.numel()].view(weight.values.shape)
+            return packed
+
+    layer = slope.SlopeLinear(32, 16).requires_grad_(False)
+    layer._backend = Sharing()
+    x = torch.randn(3, 32)
+    with torch.inference_mode():
+        layer(x)
+    layer.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer.values.grad is not None
 
 
 @pytest.mark.parametrize("rank", [0, 3])

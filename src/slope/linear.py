@@ -229,6 +229,7 @@ class SlopeLinear(AdaptedLinear):
         # Apart, since a compiled graph is made anew where a tuple that it has looked into differs.
         self._operand: Tensor | None = None
         self._operand_of: tuple[Any, ...] | None = None
+        self._operand_metadata: Tensor | None = None
         if self.values.device.type != "meta":
             self.reset_parameters()
 
@@ -410,16 +411,21 @@ class SlopeLinear(AdaptedLinear):
         values = self.values
         if values.requires_grad or values.dtype != dtype:
             return None
-        if torch.compiler.is_compiling():
-            # A graph takes the one that eager mode has made; it sees no versions, so whatever
-            # writes positions drops it (invalidate).
-            return self._operand
         metadata = self.metadata
+        if torch.compiler.is_compiling():
+            # A graph takes the one that eager mode has made, which the op drops where the values
+            # have moved. It sees no versions: whoever writes positions in place invalidates. What
+            # is exported would hold the operand as a constant.
+            made = metadata is self._operand_metadata and not torch.compiler.is_exporting()
+            return self._operand if made else None
         version = None if metadata.is_inference() else metadata._version
         masks = metadata.data_ptr(), version
         if self._operand_of != (values.data_ptr(), *masks):
-            self._operand = self._backend.share_operand(self.compressed_weight())
+            # Values that move into a tensor of inference mode could never be trained again.
+            with torch.inference_mode(values.is_inference()), torch.no_grad():
+                self._operand = self._backend.share_operand(self.compressed_weight())
             self._operand_of = values.data_ptr(), *masks
+            self._operand_metadata = metadata
         return self._operand
 
     def _prepare(self, dtype: torch.dtype) -> Operands | None:
@@ -448,9 +454,16 @@ class SlopeLinear(AdaptedLinear):
         return self._cache.operands
 
     def invalidate(self) -> None:
-        """Drop the prepared operands; the next forward makes them again."""
+        """Drop the prepared operands; the next forward makes them again.
+
+        Needed after ``metadata`` of a frozen layer was written in place, if it runs compiled.
+        """
         self._cache.clear()
-        self._operand = self._operand_of = None
+        self._operand = self._operand_of = self._operand_metadata = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: not the operand, since its values lie elsewhere."""
+        return {**self.__dict__, "_operand": None, "_operand_of": None, "_operand_metadata": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.invalidate()

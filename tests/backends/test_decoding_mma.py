@@ -90,16 +90,18 @@ def test_cuts():
                     assert tokens > (16 if memory < 163 * 1024 else 32) and memory < 227 * 1024
                     continue
                 assert cut.shared <= memory
-                assert 1 <= cut.splits(*shape) <= decoding_mma.LARGEST_CLUSTER
+                assert 1 <= cut.splits(*shape, clusters=True) <= decoding_mma.LARGEST_CLUSTER
+                assert cut.splits(*shape, clusters=False) <= cut.splits(*shape, clusters=True)
             assert 8 * cut.token_tiles >= tokens
             assert cut.threads <= 1024
     cut = MmaLaunch(1, 1, 1, 4, 4, 132)
-    assert cut._replace(blocks=0).splits(64, 4096) == 1
+    assert cut._replace(blocks=0).splits(64, 4096, True) == 1
     assert (cut.rows, cut.threads) == (16, 128)
     assert cut.shared == 4 * (16 * 512 + 8 * 1024 + 16 * 64)
-    assert cut.splits(4096, 4096) == 1 and cut.splits(1024, 4096) == 2
-    assert cut.splits(64, 4096) == 5 and cut.splits(64, 256) == 1  # of a step and a half at least
-    assert cut.splits(64, 16384) == 8  # blocks of a cluster
+    assert cut.splits(4096, 4096, True) == 1 and cut.splits(1024, 4096, True) == 2
+    assert cut.splits(64, 4096, True) == 4 and cut.splits(64, 1024, True) == 1
+    assert cut.splits(64, 16384, True) == 8  # blocks of a cluster
+    assert cut.splits(64, 4096, False) == 2 and cut.splits(64, 2048, False) == 1
     assert [cut.low_splits(columns) for columns in (256, 1024, 9216, 14336)] == [1, 2, 2, 4]
 
 
@@ -119,6 +121,7 @@ def test_refusals(with_cuda, monkeypatch):
     assert refusal() is refusal(64) is None
     assert refusal(65) == "65 tokens, the decode kernel takes up to 64"
     assert refusal(shape=(64, 96)) == "in_features=96 is not divisible by 64"
+    assert refusal(shape=(70, 128)) == "out_features=70 is not divisible by 4"
     assert "casts nothing, and float32 values are needed as bfloat16" in refusal(values=FP32)
     decoding_mma._shared_memory.cache_clear()
     monkeypatch.setitem(GPU, "shared_memory_per_block_optin", 99 * 1024)
@@ -148,17 +151,25 @@ def test_a_compiler_that_is_too_old_or_missing_is_a_reason(monkeypatch, version,
 def launched(monkeypatch):
     """What is launched, and handed to the second launch, on a GPU with clusters or without."""
 
-    def prepare(clusters):
+    def prepare(clusters, room=True):
         seen, finished = [], []
 
-        def kernel(cut, dtype, device):
-            assert dtype == BF16
-            return lambda *given: seen.append((cut, *given))
+        class Kernel:
+            def __init__(self, cut, dtype, device):
+                assert dtype == BF16 and cut.blocks == 0
+                self.cut = cut
+
+            def holds(self, threads, cluster):
+                assert clusters and threads == self.cut.threads and cluster > 1
+                return room
+
+            def __call__(self, *given):
+                seen.append((self.cut, *given))
 
         def finish(partial, *given, **options):
             finished.append(partial.shape[0])
 
-        monkeypatch.setattr(decoding_mma, "_kernel", kernel)
+        monkeypatch.setattr(decoding_mma, "_kernel", Kernel)
         monkeypatch.setattr(decoding_mma, "_shared_memory", lambda device: 227 * 1024)
         monkeypatch.setattr(decoding_mma, "_has_clusters", lambda device: clusters)
         monkeypatch.setattr(decoding_mma, "finish", finish)
@@ -217,6 +228,68 @@ def test_clusters(launched, clusters, splits, rank, blocks, cluster, parts):
     assert (grid, together, finished) == (blocks, cluster, parts)
     assert threads == cut.threads and argument.splits == splits
     assert (argument.y is None) == bool(parts)
+
+
+def test_a_part_of_a_gpu_without_room_for_the_cluster_adds_in_a_second_launch(launched):
+    seen, finished = launched(True, room=False)
+    x, values = torch.zeros(3, 256, dtype=BF16), torch.zeros(80, 128, dtype=BF16)
+    metadata = torch.zeros(80, 32, dtype=torch.uint8)
+    decode_mma(x, values, metadata, launch=MmaLaunch(1, 1, 1, 4, 4, 0), splits=3)
+    ((_, blocks, _, _, _, cluster),) = seen
+    assert (blocks, cluster, finished) == (15, 1, [3])
+
+
+class Driver:
+    """Answers in turn; keeps the names of what was asked."""
+
+    def __init__(self, *statuses):
+        self.statuses, self.asked = list(statuses), []
+
+    def __getattr__(self, name):
+        def answer(*arguments):
+            self.asked.append((name, arguments))
+            if name == "cuOccupancyMaxActiveClusters":
+                arguments[0]._obj.value = 2 if arguments[2]._obj.attributes[0].value[0] < 4 else 0
+            return self.statuses.pop(0) if self.statuses else 0
+
+        return answer
+
+
+@pytest.fixture
+def kernel():
+    def made(*statuses):
+        one = nvrtc.Kernel.__new__(nvrtc.Kernel)
+        one._driver, one._shared, one._holds = Driver(*statuses), 4096, {}
+        one._function = ctypes.c_void_p(1)
+        return one
+
+    return made
+
+
+def test_what_the_driver_is_asked(kernel):
+    one, argument = kernel(), decoding_mma._Arguments()
+    one(6, 128, argument, 7)
+    one(6, 128, argument, 7, 3)
+    assert [one.holds(128, cluster) for cluster in (2, 4, 2)] == [True, False, True]
+    (plain, clustered, *asked) = one._driver.asked
+    assert plain[0] == "cuLaunchKernel" and plain[1][1:7] == (6, 1, 1, 128, 1, 1)
+    assert clustered[0] == "cuLaunchKernelEx"
+    config = clustered[1][0]._obj
+    assert [*config.grid, *config.block, config.shared] == [6, 1, 1, 128, 1, 1, 4096]
+    assert (config.stream, config.number, config.attributes[0].id) == (7, 1, 4)
+    assert config.attributes[0].value[:3] == [3, 1, 1]
+    assert len(asked) == 2  # the third was known
+
+
+def test_a_thread_without_a_context_gets_one(kernel, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    one = kernel(201)
+    one(6, 128, decoding_mma._Arguments(), 7)
+    assert chosen == [1] and len(one._driver.asked) == 2
+    with pytest.raises(nvrtc.NvrtcError, match="cuLaunchKernel returned CUDA error 700"):
+        kernel(700)(6, 128, decoding_mma._Arguments(), 7)
 
 
 def test_the_driver_s_structs():

@@ -56,12 +56,16 @@ def test_a_few_tokens_are_chosen_by_the_kernels_alone(tmp_path, tokens, alone):
     calls = []
     choose(tuner_of(tmp_path, calls=calls), key=replace(KEY, tokens=tokens))
     assert calls == [(["cusparselt", "dense"], alone)]
+    calls.clear()
+    gradient = replace(KEY, operation="input_gradient", tokens=tokens)
+    choose(tuner_of(tmp_path, calls=calls), key=gradient)
+    assert calls == [(["cusparselt", "dense"], False)]  # training waits for the host
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_the_gpu_sleeps_until_calls_are_queued(monkeypatch, alone):
-    """Time that passes on the host, on a clock that calls alone move, is not the GPU's."""
-    now, done, slept = [0.0], [], []
+@pytest.fixture
+def clock(monkeypatch):
+    """A GPU whose work is a list, and a host whose time passes in calls alone."""
+    done, now = [], [0.0]
 
     class Event:
         def __init__(self, enable_timing):
@@ -73,27 +77,50 @@ def test_the_gpu_sleeps_until_calls_are_queued(monkeypatch, alone):
         def elapsed_time(self, other):
             return 0.8
 
+    class Scratch:
+        def zero_(self):
+            done.append("flush")
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: slept.append(cycles), raising=False)
+    monkeypatch.setattr(torch.cuda, "_sleep", done.append, raising=False)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: Scratch())
     monkeypatch.setattr(tuning.time, "perf_counter", lambda: now[0])
 
-    def quick():
-        now[0] += 1e-4
+    def call(seconds):
+        def run():
+            now[0] += seconds
+            done.append("call")
 
-    def slow():
-        now[0] += 1.0
+        return run
 
-    times = tuning.time_interleaved({"quick": quick, "slow": slow}, alone)
-    assert times == {"quick": pytest.approx(100), "slow": pytest.approx(100)}
-    rounds = 2 * (tuning.ROUNDS + 1)
-    assert done == ["wait", "event", "event", "wait"] * rounds
-    # Twice as long as eight calls took; no longer than 20 ms. The first round warms up.
-    expected = [0, 0] + [
-        pytest.approx(16e-4 * 2e9, abs=2),
-        pytest.approx(0.02 * 2e9),
-    ] * tuning.ROUNDS
-    assert slept == (expected if alone else [])
+    return done, call
+
+
+def test_calls_are_timed_back_to_back(clock):
+    done, call = clock
+    assert tuning.time_interleaved({"one": call(1), "two": call(1)}) == {"one": 100, "two": 100}
+    assert done == ["wait", "event", *["call"] * 8, "event", "wait"] * 2 * (tuning.ROUNDS + 1)
+
+
+@pytest.mark.parametrize(("seconds", "slept"), [(1e-4, 16e-4), (1.0, 0.02)])
+def test_kernels_are_timed_behind_a_gpu_that_sleeps_and_with_an_empty_cache(clock, seconds, slept):
+    done, call = clock
+    assert tuning.time_interleaved({"one": call(seconds)}, True) == {"one": pytest.approx(800)}
+    each = ["flush", "event", "call", "event"] * 8
+    sleep = pytest.approx(slept * 2e9, abs=2)  # twice as long as queueing took, 20 ms at most
+    assert done == ["wait", *each, "wait", sleep, *each, "wait"] * (tuning.ROUNDS + 1)
+
+
+def test_without_memory_to_flush_kernels_are_timed_all_the_same(clock, monkeypatch):
+    done, call = clock
+
+    def full(*size, **options):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "empty", full)
+    assert tuning.time_interleaved({"one": call(1e-4)}, True) == {"one": pytest.approx(800)}
+    assert "flush" not in done
 
 
 def test_a_slower_sparse_product_goes_dense(tmp_path):

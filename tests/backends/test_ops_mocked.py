@@ -230,3 +230,21 @@ def test_what_the_library_lacks_is_said(monkeypatch, available, matches, error, 
         assert reason is None if said is None else said in reason
     finally:
         support.why_no_cusparselt.cache_clear()
+
+
+def test_an_op_drops_an_operand_that_other_values_were_packed_into(monkeypatch):
+    seen = []
+
+    def forward(x, values, metadata, column_mask, packed, *rest):
+        seen.append(packed)
+        return x.new_empty((x.shape[0], values.shape[0]))
+
+    monkeypatch.setattr(ops, "sparse_linear_forward", forward)
+    packed, x = torch.zeros(9 * 64, dtype=torch.bfloat16), torch.zeros(3, 32, dtype=torch.bfloat16)
+    values, moved = packed[:512].view(32, 16), torch.zeros(32, 16, dtype=torch.bfloat16)
+    metadata = torch.zeros(32, 4, dtype=torch.uint8)
+    for each in (values, moved):
+        torch.ops.slope.sparse_linear(
+            x, each, metadata, metadata, packed, None, None, None, 1.0, ""
+        )
+    assert seen[0] is not None and seen[1] is None

@@ -137,7 +137,7 @@ def test_a_decode_kernel_by_name(shape, dtype, backend):
 
 
 @pytest.mark.parametrize("rank", [0, 40])
-@pytest.mark.parametrize("splits", [1, 2, 3, 9])
+@pytest.mark.parametrize("splits", [1, 2, 5, 7, 8, 9])
 def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
     layer = a_layer((320, 1600), values_dtype=torch.bfloat16).requires_grad_(False)
     exact = layer.to_dense().double()
@@ -155,6 +155,31 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
             assert error(y, expected) < ROUNDING[torch.bfloat16]
             again = decoding_mma.decode_mma(*given, launch=cut, splits=splits)
             assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("rank", [0, 40])
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_a_captured_decode_kernel_equals_the_eager_one(tokens, rank):
+    """Every size of a cluster, and the second launch that begins early."""
+    layer = a_layer((320, 4096), values_dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+    down = torch.randn(rank, 4096, device="cuda", dtype=torch.bfloat16) if rank else None
+    up = torch.randn(320, rank, device="cuda", dtype=torch.bfloat16) if rank else None
+    for splits in range(1, 10):
+
+        def product(splits=splits):
+            given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1
+            return decoding_mma.decode_mma(*given, splits=splits)
+
+        product()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ys = [product() for _ in range(3)]
+        for _ in range(5):
+            x.normal_()
+            graph.replay()
+            expected = product()
+            assert all(torch.equal(y, expected) for y in ys)
 
 
 def test_kernels_alone_are_timed_without_the_host():

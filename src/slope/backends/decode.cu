@@ -11,8 +11,8 @@
 // W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared memory in the
 // order of global memory; a chunk of 16 bytes is swapped with others of its row, so that ldmatrix
 // meets no bank twice. The inputs may be split among the blocks of a cluster, which then add their
-// sums out of each other's shared memory. mma.sp wants for its 16 x 32 tile 32 bits of metadata of every row: lane
-// 4 g + h gives half h of row g below, of row g + 8 above, as they stand in memory.
+// sums out of each other's shared memory. mma.sp wants for its 16 x 32 tile 32 bits of metadata of
+// every row: lane 4 g + h gives half h of row g below, of row g + 8 above, as they stand in memory.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -185,7 +185,7 @@ __device__ __forceinline__ float4 sum_of_blocks(const float4* own, int blocks) {
     return sum;
 }
 
-// A kernel that was launched to follow this one may come in where there is room, and waits itself.
+// The kernel that adds partial sums may come in where there is room, and waits itself.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 #else
 __device__ __forceinline__ int cluster_blocks() { return 1; }
@@ -334,7 +334,7 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
 
 extern "C" __global__ void __launch_bounds__(THREADS) slope_decode(const Arguments arg) {
     extern __shared__ __align__(256) char memory[];
-    let_next_begin();
+    if (!arg.y) let_next_begin();
     const int tiles = (arg.outputs + ROWS - 1) / ROWS, cluster = cluster_blocks();
     const int low_tiles = (arg.rank + ROWS - 1) / ROWS, low_blocks = low_tiles * arg.low_splits;
     const int first = (low_blocks + cluster - 1) / cluster * cluster;

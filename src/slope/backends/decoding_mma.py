@@ -61,10 +61,14 @@ class MmaLaunch(NamedTuple):
         stage = self.rows * step + 2 * tokens * step + self.rows * step // 8
         return max(self.stages * stage, 4 * self.column_warps * tokens * (self.rows + 4))
 
-    def splits(self, out_features: int, in_features: int) -> int:
-        """Blocks that share the columns of one tile."""
+    def splits(self, out_features: int, in_features: int, clusters: bool) -> int:
+        """Blocks that share the columns of one tile.
+
+        A cluster adds their sums for little; without one a second launch does, which pays from four
+        steps of each on, not from two.
+        """
         tiles = -(-out_features // self.rows)
-        enough = in_features // (192 * self.column_warps)  # for a step and a half each
+        enough = in_features // ((256 if clusters else 512) * self.column_warps)
         return max(1, min(self.blocks // tiles, enough, LARGEST_CLUSTER))
 
     def low_splits(self, in_features: int) -> int:
@@ -186,6 +190,8 @@ def why_no_mma(
         return reason
     if in_features % _MULTIPLE:
         return f"in_features={in_features} is not divisible by {_MULTIPLE}"
+    if out_features % 4:
+        return f"out_features={out_features} is not divisible by 4"
     if values_dtype != dtype:
         names = (str(each).removeprefix("torch.") for each in (values_dtype, dtype))
         return "the kernel casts nothing, and {} values are needed as {}".format(*names)
@@ -262,9 +268,12 @@ def decode_mma(
     cut = launch or launch_for(tokens, out_features, in_features, _shared_memory(device))
     if cut is None:
         raise RuntimeError("no cut fits into the GPU's shared memory; ask why_no_mma first.")
-    splits = splits or cut.splits(out_features, in_features)
+    kernel = _kernel(cut._replace(blocks=0), x.dtype, device)  # blocks are no constant of it
+    clusters = _has_clusters(device)
+    splits = splits or cut.splits(out_features, in_features, clusters)
     rank = 0 if up is None else up.shape[1]
-    cluster = splits if splits <= LARGEST_CLUSTER and _has_clusters(device) else 1
+    together = clusters and 1 < splits <= LARGEST_CLUSTER and kernel.holds(cut.threads, splits)
+    cluster = splits if together else 1
     final = splits == cluster and rank == 0
     partial = low_partial = None
     if not final:
@@ -284,9 +293,9 @@ def decode_mma(
     low_blocks = -(-rank // cut.rows) * low_splits
     blocks = -(-out_features // cut.rows) * splits + -(-low_blocks // cluster) * cluster
     stream = torch._C._cuda_getCurrentRawStream(device)
-    _kernel(cut, x.dtype, device)(blocks, cut.threads, argument, stream, cluster)
+    kernel(blocks, cut.threads, argument, stream, cluster)
     if partial is not None:
-        finish(partial, low_partial, up, bias, y, scale, early=_has_clusters(device))
+        finish(partial, low_partial, up, bias, y, scale, early=clusters)
     return y
 
 

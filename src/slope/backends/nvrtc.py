@@ -17,6 +17,7 @@ import torch
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that need not be asked for
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 class NvrtcError(RuntimeError):
@@ -127,6 +128,7 @@ class Kernel:
         binary = compile_source(source, constants, f"sm_{major}{minor}")
         self._driver = _driver()
         self._shared = shared
+        self._holds: dict[tuple[int, int], bool] = {}
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(module), binary)
         self._call("cuModuleGetFunction", ctypes.byref(self._function), module, function.encode())
@@ -158,14 +160,32 @@ class Kernel:
                 ctypes.c_void_p(stream), pointers, None,
             )  # fmt: skip
             return
+        config = self._config(blocks, threads, cluster, stream)
+        self._call("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
+
+    def holds(self, threads: int, cluster: int) -> bool:
+        """Whether the GPU, or the part of it that is visible, has room for such a cluster."""
+        key = threads, cluster
+        if key not in self._holds:
+            config, found = self._config(cluster, threads, cluster, 0), ctypes.c_int()
+            self._call(
+                "cuOccupancyMaxActiveClusters", ctypes.byref(found), self._function,
+                ctypes.byref(config),
+            )  # fmt: skip
+            self._holds[key] = found.value > 0
+        return self._holds[key]
+
+    def _config(self, blocks: int, threads: int, cluster: int, stream: int) -> _LaunchConfig:
         attribute = _Attribute(_CLUSTER_DIMENSION, b"", (cluster, 1, 1))
-        config = _LaunchConfig(
+        return _LaunchConfig(
             (blocks, 1, 1), (threads, 1, 1), self._shared, stream, ctypes.pointer(attribute), 1
         )
-        self._call("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
 
     def _call(self, function: str, *arguments: Any) -> None:
         status = getattr(self._driver, function)(*arguments)
+        if status == _NO_CONTEXT:  # of a thread that has not asked the runtime for anything yet
+            torch.cuda.set_device(torch.cuda.current_device())
+            status = getattr(self._driver, function)(*arguments)
         if status:
             raise NvrtcError(f"{function} returned CUDA error {status}")
 

@@ -3,6 +3,7 @@
 Each does one product by the path that :mod:`.tuning` found fastest. Operands are derived from the
 values in every call and thrown away: nothing can go stale, whatever an optimizer writes, and no
 memory is held between calls. Making one costs a few per cent of a product (``slope bench setup``).
+Frozen values alone lie in an operand that is kept.
 
 Shape letters: T tokens, I = d_in, O = d_out, R rank of an adapter.
 """
@@ -414,6 +415,8 @@ def sparse_linear(
     only: str,
 ) -> Tensor:
     """:func:`sparse_linear_forward` as an op; its gradients are those of SLoPe."""
+    if packed is not None and packed.data_ptr() != values.data_ptr():
+        packed = None  # other values since the graph was made
     return sparse_linear_forward(
         x, values, metadata, column_mask, packed, bias, down, up, scale, only
     )

@@ -8,6 +8,7 @@ about as long, so kernels alone are timed. They are what CUDA graphs and compile
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import statistics
@@ -25,8 +26,9 @@ log = logging.getLogger(__name__)
 
 ROUNDS = 5
 CALLS_PER_ROUND = 8
-_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, at least
+_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about
 _LONGEST_HOST = 0.02  # seconds that the calls of a round are waited for
+_FLUSH_BYTES = 128 << 20  # twice the largest L2 cache
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class Tuner:
             found = Choice(**on_disk)
             self._known[key] = found
             return found
-        found = self._measure(paths, search, key.tokens <= MAX_TOKENS)
+        few = key.operation == "forward" and key.tokens <= MAX_TOKENS
+        found = self._measure(paths, search, few)
         self._known[key] = found
         if not found.refused:  # there may have been no memory left, which is no property of a GPU
             self._store.save(where, asdict(found))
@@ -184,25 +187,57 @@ def time_interleaved(
 
     Args:
         paths: calls by name, each made before.
-        kernels_alone: the GPU sleeps until a round's calls are queued, so that none waits for the
-            host.
+        kernels_alone: without the host's time, and with weights that are in no cache.
     """
+    timed = _time_kernels if kernels_alone else _time_calls
     samples: dict[str, list[float]] = {name: [] for name in paths}
-    host = dict.fromkeys(paths, 0.0)
     for round_ in range(ROUNDS + 1):
         for name, call in paths.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            if kernels_alone:  # twice as long as the last round's calls took to queue
-                seconds = min(2 * host[name], _LONGEST_HOST)
-                torch.cuda._sleep(int(seconds * _CYCLES_PER_SECOND))
-            begin.record()
-            started = time.perf_counter()
-            for _ in range(CALLS_PER_ROUND):
-                call()
-            host[name] = time.perf_counter() - started
-            end.record()
-            torch.cuda.synchronize()
+            milliseconds = timed(call)
             if round_:  # the first round warms up
-                samples[name].append(begin.elapsed_time(end) / CALLS_PER_ROUND * 1e3)
+                samples[name].append(milliseconds / CALLS_PER_ROUND * 1e3)
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _time_calls(call: Callable[[], Any]) -> float:
+    """Milliseconds of a round's calls, back to back."""
+    begin, end = _events()
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(CALLS_PER_ROUND):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def _time_kernels(call: Callable[[], Any]) -> float:
+    """Milliseconds of a round's calls without the host's time, weights read from memory.
+
+    The calls are queued twice: first to see how long that takes, then behind a kernel that sleeps
+    as long. Between them the L2 cache is overwritten, as a model's other layers do, unless there is
+    no memory left for that.
+    """
+    scratch = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        scratch = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    pairs = [_events() for _ in range(CALLS_PER_ROUND)]
+    seconds = 0.0
+    for asleep in (False, True):
+        torch.cuda.synchronize()
+        if asleep:
+            torch.cuda._sleep(int(min(2 * seconds, _LONGEST_HOST) * _CYCLES_PER_SECOND))
+        started = time.perf_counter()
+        for begin, end in pairs:
+            if scratch is not None:
+                scratch.zero_()
+            begin.record()
+            call()
+            end.record()
+        seconds = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return sum(begin.elapsed_time(end) for begin, end in pairs)
+
+
+def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -154,7 +154,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def blocks_of(model: nn.Module, layers: int) -> nn.ModuleList:
     """The blocks of a model, which has that many."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next(blocks for blocks in lists if len(blocks) == layers)
+    (blocks,) = (one for one in lists if len(one) == layers)
+    return blocks
 
 
 def compiler(options: argparse.Namespace, on_gpu: bool) -> str:
