@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -27,12 +25,13 @@ from slope.schedule import SlopeSchedule
 from slope.training import checkpoint as checkpoints
 from slope.training import diagnostics, evaluation, initial, pruner, rng, signature, strategies
 from slope.training.hardware import Hardware, accumulation, hardware_of, is_first
-from slope.training.loop import Intervals, RunLoop, peak_memory_bytes, perplexity
+from slope.training.loop import Intervals, RunLoop
 from slope.training.masked import MaskedLanguageModule
 from slope.training.metrics import COLUMNS, MetricsFile, clearly
 from slope.training.module import LanguageModule, TrainBatches
-from slope.training.optim import LORA_LR_RATIO, LearningRates, state_bytes
-from slope.training.progress import Progress, console_handler, show_summary
+from slope.training.optim import LORA_LR_RATIO, LearningRates
+from slope.training.progress import Progress, console_handler
+from slope.training.summary import finish, write_text
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +225,7 @@ def _run(
         _claim(cfg, log_dir, directory, found)
         if masked:
             # where `slope finetune` looks
-            _write_text(directory / "tokenizer.json", tokenizer["json"])
+            write_text(directory / "tokenizer.json", tokenizer["json"])
     if in_parts:
         strategies.save_in_parts(trainer.strategy)
     if trainer.world_size > 1:
@@ -258,7 +257,7 @@ def _run(
             path,
         )
         return {"interrupted": True, "steps": trainer.global_step, "checkpoint": str(path)}
-    return _finish(cfg, hardware, data, model, schedule, report, trainer, loop)
+    return finish(cfg, hardware, data, model, schedule, report, trainer, loop)
 
 
 def _start_with(model: nn.Module, weights: initial.Weights, cfg: DictConfig) -> None:
@@ -396,7 +395,7 @@ def _claim(
 ) -> None:
     """Make the folder of a run's checkpoints and write down its configuration."""
     checkpoints.claim(directory, fresh=found is None)
-    _write_text(log_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(log_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def _fit_to(
@@ -514,104 +513,8 @@ def _logger(cfg: DictConfig) -> Any:
     return False
 
 
-def _finish(
-    cfg: DictConfig,
-    hardware: Hardware,
-    data: Any,
-    model: nn.Module,
-    schedule: SlopeSchedule,
-    report: slope.SparsityReport,
-    trainer: pl.Trainer,
-    loop: RunLoop,
-) -> dict[str, Any]:
-    """Sum up a complete run, draw and print it."""
-    log_dir, directory = Path(cfg.paths.log_dir), Path(cfg.paths.checkpoint_dir)
-    state, step = loop.state, trainer.global_step
-    tokens = step * loop.tokens_per_step
-    assert state.val_loss is not None
-    summary: dict[str, Any] = {
-        "val_loss": state.val_loss,
-        "val_perplexity": perplexity(state.val_loss),
-        **{name.replace("/", "_"): value for name, value in state.validated.items()},
-        "train_loss": state.train_loss(),
-        "steps": step,
-        "tokens": tokens,
-        "tokens_per_second": tokens / state.training_seconds if state.training_seconds else None,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "device": torch.cuda.get_device_name() if hardware.accelerator == "gpu" else "cpu",
-        "parameters_dense": report.parameters_dense,
-        "parameters_stored": report.parameters_stored,
-        "weight_bytes_sparse_layers": report.weight_bytes_sparse_layers,
-        "weight_bytes_dense_equivalent": report.weight_bytes_dense_equivalent,
-        "optimizer_state_bytes": state_bytes(trainer.optimizers[0]),
-        "adapters_started_at_step": state.adapters_started_at_step,
-        "wall_seconds": state.seconds,
-        **state.evaluated,
-    }
-    written = {
-        "metrics": log_dir / "metrics.csv",
-        "summary": log_dir / "summary.json",
-        "report": log_dir / "report.txt",
-        "config": log_dir / "config.yaml",
-        "log": log_dir / "run.log",
-        "checkpoints": directory,
-    }
-    if cfg.demo and str(cfg.model.family) == "bert":
-        from slope.evaluation import unigram_loss
-
-        train, val = data.train.source.tokens, data.val.source.tokens
-        loss = unigram_loss(train, val, data.vocab_size, data.eos_token_id)
-        summary["unigram_val_loss"] = loss
-        summary["unigram_val_perplexity"] = perplexity(loss)
-    elif cfg.demo:
-        from slope.evaluation import bigram_loss
-
-        summary["bigram_val_loss"] = bigram_loss(data.train, data.val, data.vocab_size)
-        summary["bigram_val_perplexity"] = perplexity(summary["bigram_val_loss"])
-    if (log_dir / diagnostics.FILE).is_file():
-        written["diagnostics"] = log_dir / diagnostics.FILE
-    _write_text(written["report"], f"{report}\n")
-    _write_text(written["summary"], json.dumps(summary, indent=2) + "\n")
-    text = None
-    if strategies.is_sharded(cfg, hardware.world_size):
-        log.info("no sample: the weights are sharded; `slope generate` reads %s.", directory)
-    elif str(cfg.model.family) != "bert":
-        # A finished run that was resumed has not trained a step.
-        pruner.put_to_work(model, schedule, step)
-        text = _sample(cfg, hardware, model, data.tokenizer)
-        written["sample"] = log_dir / "sample.txt"
-        _write_text(written["sample"], f"{text}\n")
-    if cfg.plot:
-        from slope.plotting import plot_run
-
-        pictures = [file for file in plot_run(log_dir) if file.suffix == ".png"]
-        written |= zip(("curves", "mask curves"), pictures, strict=False)
-    show_summary(summary, str(report), written, text)
-    return summary
-
-
-def _sample(cfg: DictConfig, hardware: Hardware, model: nn.Module, tokenizer: Any) -> str:
-    from slope.evaluation import sample
-
-    model.to("cuda" if hardware.accelerator == "gpu" else "cpu").eval()
-    return sample(
-        model,
-        tokenizer,
-        str(cfg.generate.prompt),
-        int(cfg.generate.max_new_tokens),
-        seed=int(cfg.seed),
-    )
-
-
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with clearly(path):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
