@@ -640,7 +640,7 @@ def warm_up(campaign: Campaign) -> None:
     def before(rank: int) -> None:
         from slope.training import program
 
-        original = program._finish
+        original = program.finish
 
         def finish(*arguments: Any) -> Any:
             result = original(*arguments)
@@ -648,7 +648,7 @@ def warm_up(campaign: Campaign) -> None:
                 note.write_text(json.dumps(sorted(sys.modules)))
             return result
 
-        program._finish = finish
+        program.finish = finish
 
     import torch
 
