@@ -17,7 +17,7 @@ output=$1
 end=$((SECONDS + ${2:-570}))
 models=${3:-llama3-8b,opt-6.7b,opt-13b}
 python=${PYTHON:-python}
-parts=${PARTS:-tests layer train infer memory setup lowrank}
+parts=${PARTS:-tests layer train infer compiled memory setup lowrank}
 if [ -e "$output" ] && [ -n "$(ls -A "$output")" ]; then
   echo "$output holds results already and results are never overwritten; name a new folder." >&2
   exit 2
@@ -45,18 +45,20 @@ part() {
   echo "$name exit $code, $((SECONDS - begin)) s of $left" | tee -a "$output/summary.txt"
 }
 
+# bench NAME PERCENT EXPERIMENT OPTIONS...
 bench() {
-  local name=$1 percent=$2
-  shift 2
+  local name=$1 percent=$2 experiment=$3
+  shift 3
   part "$name" "$percent" "$python" -c 'import sys; from slope.cli import main; sys.exit(main())' \
-    bench "$name" --device cuda --budget '{}' --output "$output/$name" "$@"
+    bench "$experiment" --device cuda --budget '{}' --output "$output/$name" "$@"
 }
 
 part tests 30 "$python" -m pytest -q -rs -m gpu tests/gpu tests/bench
-bench layer 30
-bench train 45 --models "$models" --layers 2
-bench infer 40 --models "$models" --layers 2
-bench setup 40
-bench lowrank 50
-bench memory 100 --models "$models"
+bench layer 30 layer
+bench train 45 train --models "$models" --layers 2
+bench infer 35 infer --models "$models" --layers 2
+bench compiled 40 infer --models "$models" --layers 2 --modes graph --compile
+bench setup 40 setup
+bench lowrank 50 lowrank
+bench memory 100 memory --models "$models"
 exit $failed
