@@ -58,7 +58,8 @@ def pack_columns():
 
 
 def select_column_mask():
-    for shape in [*SHAPES, (12, 48), (4, 16)]:
+    # Of one and of several programs along O and I, in pairs of groups of rows and alone.
+    for shape in [(64, 64), (32, 320), (16, 544), (12, 48), (4, 16)]:
         for dtype in DTYPES:
             values, metadata, bits, *_ = weights(shape, dtype)
             same(kernels.select_column_mask(values, metadata), bits)
@@ -168,8 +169,8 @@ def serve():
             lambda self, *rest, **options: launched.append(self) or call(self, *rest, **options),
         ),
     )
-    # As wide as a GPU: one split.
-    layer = slope.SlopeLinear(64, 64 * 512).half().requires_grad_(False)
+    # One step along I, so one split.
+    layer = slope.SlopeLinear(64, 200).half().requires_grad_(False)
     layer.add_adapter(5, scale=0.5)
     torch.nn.init.normal_(layer.adapter.up)
     weight = layer.compressed_weight()
