@@ -57,7 +57,9 @@ part tests 30 "$python" -m pytest -q -rs -m gpu tests/gpu tests/bench
 bench layer 30 layer
 bench train 45 train --models "$models" --layers 2
 bench infer 35 infer --models "$models" --layers 2
-bench compiled 40 infer --models "$models" --layers 2 --modes graph --compile
+# Compiling takes most of it, so one model and few sizes.
+bench compiled 40 infer --models "${models%%,*}" --layers 2 --modes graph --compile \
+  --ranks 0,0.015625 --prompt 2048 --tokens 1,16,64
 bench setup 40 setup
 bench lowrank 50 lowrank
 bench memory 100 memory --models "$models"

@@ -72,7 +72,7 @@ def test_only_the_first_process_speaks(
         (["config", "seeed=1"], "did you mean 'seed'"),
         (["train", "experiment=demo", "--unknown"], "unrecognized arguments: --unknown"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
-        (["foo"], "unknown command 'foo'; commands: train, finetune, "),
+        (["foo"], "unknown command 'foo'. Commands: train, finetune, "),
         (["train", "experiment=compare/smoke"], "type `slope compare experiment=compare/smoke`"),
         (["plot"], "required: RUN"),
         (["plot", "a", "--output", "a.pdf"], "--output a.pdf must end in .png or .svg"),
@@ -439,7 +439,7 @@ def run_watched(*overrides: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
-        timeout=60,
+        timeout=600,
         check=False,
     )
 

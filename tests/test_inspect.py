@@ -213,9 +213,10 @@ def test_json_of_a_model(here, capsys):
         (
             ["nothing"],
             1,
-            "nothing is neither a checkpoint, nor a folder with one, nor a model; run",
+            "nothing is neither a checkpoint, nor a folder with one, nor a model. Runs under",
         ),
-        (["gpt2/smal"], 1, "runs under checkpoints/: mine; the nearest model is gpt2/small."),
+        (["gpt2/smal"], 1, "did you mean 'gpt2/small'? Runs under checkpoints/: mine; models:"),
+        (["mien"], 1, "did you mean 'mine'?"),
         (["mine", "pruner.pattern=2:8"], 2, "mine is a checkpoint, which takes no overrides: 'pru"),
         (["experiment=smoke", "pruner.patern=2:4"], 2, "did you mean 'pruner.pattern'"),
         (["experiment=smoke", "pruner.pattern=3:2"], 2, "pattern 3:2 keeps n=3 of m=2"),

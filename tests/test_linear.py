@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -702,6 +703,37 @@ def test_a_compiled_graph_takes_the_operand_that_eager_mode_made():
         layer(x)
         exported = torch.export.export(layer, (x,)).module()
         torch.testing.assert_close(exported(x), plain)
+
+
+def test_no_operand_is_made_while_a_graph_is_captured(monkeypatch):
+    class Marking(DenseBackend):
+        def share_operand(self, weight):
+            return weight.values.detach().flatten()
+
+        def forward(self, x, weight, bias, operands=None, adapter=None):
+            y = super().forward(x, weight, bias, operands, adapter)
+            return y if weight.packed is None else y + 1
+
+    layer = slope.SlopeLinear(32, 16).requires_grad_(False)
+    layer._backend, x = Marking(), torch.randn(3, 32)
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(slope.linear, "_captured", lambda values: True)
+            plain = layer(x)
+        torch.testing.assert_close(layer(x), plain + 1)  # the next call makes it
+
+
+def test_a_copy_of_a_compiled_layer_computes_by_itself():
+    layer = slope.SlopeLinear(32, 16)
+    layer.compile(backend="eager")
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        y = layer(x)
+        twin = copy.deepcopy(layer)
+        twin.values.zero_()
+        twin.bias.zero_()
+        assert not twin(x).any()
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
 
 
 def test_a_layer_served_in_inference_mode_can_be_trained_again():

@@ -415,12 +415,15 @@ class SlopeLinear(AdaptedLinear):
         if torch.compiler.is_compiling():
             # A graph takes the one that eager mode has made, which the op drops where the values
             # have moved. It sees no versions: whoever writes positions in place invalidates. What
-            # is exported would hold the operand as a constant.
-            made = metadata is self._operand_metadata and not torch.compiler.is_exporting()
+            # is exported would hold the operand as a constant; torch before 2.13 answers
+            # is_exporting() with True in every compilation, so the flag behind it is asked.
+            made = metadata is self._operand_metadata and not torch.compiler._is_exporting_flag
             return self._operand if made else None
         version = None if metadata.is_inference() else metadata._version
         masks = metadata.data_ptr(), version
         if self._operand_of != (values.data_ptr(), *masks):
+            if _captured(values):
+                return None  # a CUDA graph's memory is no place for values
             # Values that move into a tensor of inference mode could never be trained again.
             with torch.inference_mode(values.is_inference()), torch.no_grad():
                 self._operand = self._backend.share_operand(self.compressed_weight())
@@ -463,7 +466,8 @@ class SlopeLinear(AdaptedLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: not the operand, since its values lie elsewhere."""
-        return {**self.__dict__, "_operand": None, "_operand_of": None, "_operand_metadata": None}
+        state = super().__getstate__()
+        return {**state, "_operand": None, "_operand_of": None, "_operand_metadata": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.invalidate()
@@ -510,3 +514,8 @@ def dense_weight(linear: nn.Module) -> Tensor:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.detach().t() if type(linear).__name__ == "Conv1D" else weight.detach()
+
+
+def _captured(tensor: Tensor) -> bool:
+    """Whether what is done now is recorded in a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -53,6 +53,7 @@ def fake(tmp_path, monkeypatch):
         "_products": lambda: products, "tuner": lambda: tuner, "_chosen": lambda: chosen,
         "why_no_cusparselt": lambda device, dtype: None,
         "why_no_decode": lambda tokens, in_features: "not here",
+        "why_no_mma": lambda *_: "not here",
     }.items():  # fmt: skip
         monkeypatch.setattr(ops, name, value)
     library.products = products

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from slope.bench import experiment, layer, operands
 from slope.bench.memory import MemoryBench
 from slope.bench.results import Results
+from slope.bench.setup import SetupBench
 from slope.bench.timing import Deadline
 from slope.cli import main
 
@@ -212,6 +215,31 @@ def test_a_budget_leaves_what_was_measured(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_figure")
+def test_sizes_of_a_model_for_which_no_time_is_left_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment.Lab, "late", property(lambda _: True))
+    assert bench("infer", tmp_path) == 0
+    rows = [(row["phase"], row["failed"]) for row in rows_of(tmp_path)]
+    assert rows == [("prompt", "")] * 3 + [("decode", "no time left")]
+    assert "no time left" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_the_end_of_a_lease_leaves_what_was_measured(tmp_path, monkeypatch):
+    measure = SetupBench.measure
+
+    def stopped(self, case, lab):
+        yield from measure(self, case, lab)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(SetupBench, "measure", stopped)
+    assert bench("setup", tmp_path) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert " µs" in table and "Stopped after 0 of 1 cases" in table
+
+
+@pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("name", TINY)
 def test_json_for_a_program(name, tmp_path, capsys):
     assert bench(name, tmp_path / "results", "--json") == 0
@@ -241,7 +269,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["lyer"], "unknown measurement 'lyer'; did you mean 'layer'? Measurements: layer, "),
-        (["foo"], "unknown measurement 'foo'; measurements: layer, train, infer, "),
+        (["foo"], "unknown measurement 'foo'. Measurements: layer, train, infer, "),
         (["layer", "--device", "tpu7"], "--device tpu7 is unknown"),
         (["layer", "--device", "meta"], "--device meta is not supported"),
         (["layer", "--device", "cuda:9"], "finds 0 GPUs; type --device cpu"),

@@ -223,7 +223,7 @@ def test_several_processes_build_once(settings):
     first = builder(settings, slow=1.0)
     assert first.stdout.readline() == "writing\n"
     others = [builder(settings) for _ in range(2)]
-    results = [process.communicate(timeout=60) for process in [first, *others]]
+    results = [process.communicate(timeout=600) for process in [first, *others]]
     assert [process.returncode for process in [first, *others]] == [0, 0, 0], results
     assert len({out.splitlines()[-1] for out, _ in results}) == 1
     assert sum("tokenised text" in log for _, log in results) == 1

@@ -218,7 +218,7 @@ def test_text_is_cut_the_same_however_it_arrives(pieces, block):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"dataset": "openwebtxt"}, r"unknown data set 'openwebtxt'.*nearest: openwebtext"),
+        ({"dataset": "openwebtxt"}, r"'openwebtxt'; did you mean datamodule.dataset=openwebtext\?"),
         ({"data_files": []}, r"no files to read.*datamodule.data_files="),
         ({"data_files": "???"}, r"no files to read.*datamodule.data_files="),
         ({"val_ratio": 0.0}, "val_ratio=0.0 is not between 0 and 1"),

@@ -85,7 +85,7 @@ def test_others_load_them_where_slope_cannot_be_imported(tmp_path, make_model):
         wanted[f"{family}.hf"], wanted[f"{family}.folded"] = logits(model), logits(folded)
     done = subprocess.run(
         [sys.executable, "-c", FOREIGN, str(tmp_path), *families],
-        capture_output=True, text=True, timeout=240, cwd=tmp_path,
+        capture_output=True, text=True, timeout=600, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "logits.safetensors")

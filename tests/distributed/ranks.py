@@ -91,7 +91,7 @@ def run_on(
     devices: int,
     nodes: int = 1,
     place: Callable[[int, int, int], dict[str, object]] = torchrun_place,
-    timeout: float = 240,
+    timeout: float = 600,
 ) -> None:
     """Do each job, the overrides of a run, on ``devices`` x ``nodes`` processes of one group.
 

@@ -118,7 +118,7 @@ def test_the_bare_command_starts_the_processes_of_a_sharded_model(runs):
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": ranks.python_path(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     close(runs, "bare")

@@ -210,7 +210,7 @@ def test_a_recipe_brings_its_batch():
         (["model=opt-125m", "rank=-1"], "pruner.lora_rank=-1 must be a whole number of at least 1"),
         (["model=opt-125m", "rank=many"], "pruner.lora_rank must be a whole number or a number"),
         (["model=opt-125m", "batch=0"], "batch=0 must be a whole number of at least 1"),
-        (["model=opt-125m", "strategy=tp"], "strategy='tp' is unknown; did you mean"),
+        (["model=opt-125m", "strategy=tp"], "strategy='tp' is unknown. Choices: "),
         (["model=opt-125m", "strategy=fsdp"], "'fsdp' is unknown; did you mean strategy=fsdp2"),
         (["model=opt-125m", "devices=12", "strategy=hsdp"], "of 8 devices; type devices=16, or"),
         (["model=opt-125m", "precision=fp8"], "precision='fp8' is unknown"),

@@ -448,7 +448,8 @@ def test_the_published_numbers_are_the_defaults():
         (["init_from=x"], r"task must be given; add for example task=glue/sst2"),
         (["task=squad"], "init_from must be given"),
         (["task=glue/sst", "init_from=x"], "did you mean task=glue/sst2"),
-        (["task=squad", "init_from=x", "learning_rate=1"], "unknown key; did you mean"),
+        (["task=squad", "init_from=x", "learning_rate=1"], "unknown key. Keys: task, .* lr, "),
+        (["task=squad", "init_from=x", "epoch=1"], r"unknown key; did you mean epochs=\?"),
         (["task=squad", "init_from=x", "dense"], "'dense' is not of the form key=value"),
         (
             ["task=squad", "init_from=x", "lr=fast"],

@@ -25,7 +25,8 @@ def data_parallel(rank: int, world_size: int, folder: str) -> None:
     slope.sparsify(model, slope.SparsityConfig(adapter_rank=4, column_mask_interval=2))
     wrapped = DistributedDataParallel(model, device_ids=[rank], find_unused_parameters=True)
     schedule = slope.SlopeSchedule(STEPS, lora_start=0.5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    # Small, since bf16 rounds otherwise per share and Adam's first steps follow signs alone.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     share = GLOBAL_BATCH // world_size
     for step in range(STEPS):
         schedule.apply(model, step)

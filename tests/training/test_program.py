@@ -270,7 +270,7 @@ def test_two_processes_equal_one(runs, tmp_path):
     script.write_text("import sys; from slope.cli import main; sys.exit(main(sys.argv[1:]))")
     many = ["trainer.devices=2", "datamodule.batch_size=2", "optimizer=adamw-zero"]
     command = [sys.executable, "-W", "error", script, "train", *runs.base, "name=two", *same, *many]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     one, two = runs.rows("one"), runs.rows("two")
     assert [row["step"] for row in one] == [row["step"] for row in two]

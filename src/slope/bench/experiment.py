@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import signal
 import statistics
+import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -75,6 +79,11 @@ class Lab:
         self._effort = effort
         self._deadline = deadline
         self._modes = tuple(modes)
+
+    @property
+    def late(self) -> bool:
+        """Whether the budget is used up."""
+        return self._deadline.passed
 
     def compare(self, factories: Mapping[str, Factory], baselines: Sequence[str]) -> list[Row]:
         """Time contenders side by side in every mode.
@@ -204,6 +213,7 @@ def run(experiment: Experiment) -> tuple[Path, list[Row]]:
     with (
         Results(folder, columns, environment(device, settings | vars(effort))) as results,
         watched(device, folder / "gpu.csv"),
+        _ended_by_sigterm(),
     ):
         try:
             for case in _with_progress(cases):
@@ -212,9 +222,22 @@ def run(experiment: Experiment) -> tuple[Path, list[Row]]:
                     break
                 results.add(_measured(experiment, case, lab))
                 done += 1
-        finally:  # Ctrl-C, or the end of a lease, leaves what was measured
+        finally:  # Ctrl-C, or SIGTERM at the end of a lease, leaves what was measured
             _write(experiment, results, done, len(cases))
     return folder, results.rows
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the program as Ctrl-C does, by an exception."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may say so
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _measured(experiment: Experiment, case: Case, lab: Lab) -> Iterator[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slope import configs
+from slope.spelling import did_you_mean
 
 OVERRIDES = """\
 overrides:
@@ -123,11 +123,10 @@ def unknown(what: str, given: str, known: Sequence[str]) -> str:
         >>> unknown("command", "trian", ["train", "plot"])
         "unknown command 'trian'; did you mean 'train'? Commands: train, plot."
         >>> unknown("command", "foo", ["train", "plot"])
-        "unknown command 'foo'; commands: train, plot."
+        "unknown command 'foo'. Commands: train, plot."
     """
-    near = difflib.get_close_matches(given, known, n=1)
-    question = f"did you mean {near[0]!r}? {what.capitalize()}s" if near else f"{what}s"
-    return f"unknown {what} {given!r}; {question}: {', '.join(known)}."
+    near = did_you_mean(given, known)
+    return f"unknown {what} {given!r}{near} {what.capitalize()}s: {', '.join(known)}."
 
 
 def wants_traceback() -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slope import configs
 from slope.cli import common
+from slope.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -114,11 +115,11 @@ def _checkpoint(given: str) -> Path | None:
     if "=" in given or given in configs.choices("model"):
         return None
     runs = sorted(path.name for path in Path("checkpoints").glob("*") if _holds_weights(path))
-    there = f"runs under checkpoints/: {', '.join(runs)}" if runs else "no run under checkpoints/"
-    near = configs.nearest(given, configs.choices("model"))
+    there = f"Runs under checkpoints/: {', '.join(runs)}" if runs else "No run under checkpoints/"
+    near = did_you_mean(given, [*runs, *configs.choices("model")])
     raise FileNotFoundError(
-        f"{given} is neither a checkpoint, nor a folder with one, nor a model; {there}; "
-        f"the nearest model is {near}."
+        f"{given} is neither a checkpoint, nor a folder with one, nor a model{near} {there}; "
+        f"models: {', '.join(configs.choices('model'))}."
     )
 
 

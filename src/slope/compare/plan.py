@@ -27,6 +27,7 @@ from slope import configs
 from slope.compare import columns
 from slope.compare.columns import Column
 from slope.finetune import Settings
+from slope.spelling import did_you_mean
 
 ENDED = ("finished", "diverged")
 """States of runs that are not repeated."""
@@ -329,8 +330,8 @@ def _known(
     for key in entry:
         if key not in (*needed, *more):
             raise ValueError(
-                f"{where} has an unknown key {key!r}; did you mean "
-                f"{configs.nearest(str(key), (*needed, *more))!r}?"
+                f"{where} has an unknown key {key!r}"
+                f"{did_you_mean(str(key), (*needed, *more))} Keys: {', '.join((*needed, *more))}."
             )
     for key in needed:
         if key not in entry:
@@ -353,8 +354,8 @@ def _seeds(seeds: Any) -> tuple[int, ...]:
 def _label(label: Any, where: str, methods: Mapping[str, Method]) -> str:
     if label not in methods:
         raise ValueError(
-            f"{where}: there is no method {label!r}; did you mean "
-            f"{configs.nearest(str(label), methods)!r}? Methods: {', '.join(methods)}."
+            f"{where}: there is no method {label!r}{did_you_mean(str(label), methods)} "
+            f"Methods: {', '.join(methods)}."
         )
     return str(label)
 

@@ -8,13 +8,14 @@ heavy is imported: neither torch nor Lightning nor transformers.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from slope.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -146,26 +147,6 @@ def _compose_groups(overrides: tuple[str, ...]) -> DictConfig:
         return hydra_compose("train", overrides=list(overrides))
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known name most like ``word``, by the whole dotted name or by its last part.
-
-    Example:
-        >>> nearest("lr", ["seed", "train.optimizer.lr", "pruner.lora_lr"])
-        'train.optimizer.lr'
-    """
-
-    def likeness(name: str) -> tuple[float, float]:
-        last = _ratio(word.rsplit(".", 1)[-1], name.rsplit(".", 1)[-1])
-        whole = _ratio(word, name)
-        return max(whole, 0.9 * last), whole
-
-    return max(sorted(known), key=likeness)
-
-
-def _ratio(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a.lower(), b.lower(), autojunk=False).ratio()
-
-
 def _parse(text: str) -> Override:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -201,8 +182,8 @@ def _check_choice(override: Override) -> None:
     if isinstance(value, str) and (_FOLDER / group / f"{value}.yaml").is_file():
         return
     raise ValueError(
-        f"{override.input_line!r}: there is no {group} of that name; "
-        f"did you mean {group}={nearest(str(value), names)}? Choices: {', '.join(names)}."
+        f"{override.input_line!r}: there is no {group} of that name"
+        f"{did_you_mean(str(value), names, group + '={}')} Choices: {', '.join(names)}."
     )
 
 
@@ -228,10 +209,10 @@ def _check_value(cfg: DictConfig, known: set[str], override: Override) -> Any:
 
     key, value = override.key_or_group, override.value()
     if key not in known:
-        found = nearest(key, known | set(groups()))
         raise ValueError(
-            f"{override.input_line!r}: unknown key {key!r}; did you mean {found!r}? "
-            f"(A key of your own takes a plus: +{key}=...)"
+            f"{override.input_line!r}: unknown key {key!r}"
+            f"{did_you_mean(key, known | set(groups()))} (`slope train --help` lists the options; "
+            f"a key of your own takes a plus: +{key}=...)"
         )
     parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
     node = parent._get_node(key.rpartition(".")[2])

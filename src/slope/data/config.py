@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from slope.spelling import did_you_mean
 
 DATASETS = ("demo", "text", "openwebtext", "thepile", "c4", "wikipedia")
 _MISSING = "???"  # OmegaConf's mark of a value that the user has to give
@@ -72,10 +73,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
-            near = difflib.get_close_matches(str(self.dataset), DATASETS, n=1, cutoff=0.4)
+            near = did_you_mean(str(self.dataset), DATASETS, "datamodule.dataset={}")
             raise ValueError(
-                f"unknown data set {self.dataset!r}; type datamodule.dataset={'|'.join(DATASETS)}"
-                + (f" (nearest: {near[0]})." if near else ".")
+                f"unknown data set {self.dataset!r}{near} Data sets: {', '.join(DATASETS)}."
             )
         if self.dataset == "text" and not self.data_files:
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from slope.configs import nearest
+from slope.spelling import did_you_mean
 
 _FILE = Path(__file__).with_name("rates.yaml")
 
@@ -144,8 +144,7 @@ def rates_of(name: str) -> Rates:
     made = {key: Gpu(key, **row) for key, row in table["gpus"].items()}
     if name.lower() not in made:
         raise ValueError(
-            f"gpu={name!r} is unknown; did you mean gpu={nearest(name.lower(), made)}? Known: "
-            f"{', '.join(made)}."
+            f"gpu={name!r} is unknown{did_you_mean(name, made, 'gpu={}')} Known: {', '.join(made)}."
         )
     gpu = made[name.lower()]
     measured_on = next(other for other in made.values() if other.measured)

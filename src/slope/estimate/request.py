@@ -9,6 +9,7 @@ from typing import Any
 
 from slope import configs
 from slope.estimate.rates import Rates, rates_of
+from slope.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,8 @@ def find_model(name: str) -> str:
     found = known.get(re.sub(r"[^a-z0-9.]", "", name.lower()))
     if found is not None:
         return found
-    near = configs.nearest(name.replace("-", "/", 1), known.values())
-    raise ValueError(
-        f"model={name!r} is unknown; did you mean model={near.replace('/', '-')}? "
-        f"Models: {models()}."
-    )
+    near = did_you_mean(name, [choice.replace("/", "-") for choice in known.values()], "model={}")
+    raise ValueError(f"model={name!r} is unknown{near} Models: {models()}.")
 
 
 def models() -> str:
@@ -209,7 +207,7 @@ def _count(given: dict[str, str], key: str, usual: int) -> int:
 def _choice(key: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
         raise ValueError(
-            f"{key}={value!r} is unknown; did you mean {key}={configs.nearest(value, known)}? "
+            f"{key}={value!r} is unknown{did_you_mean(value, known, key + '={}')} "
             f"Choices: {', '.join(known)}."
         )
     return value
@@ -221,8 +219,8 @@ def _unknown(word: str, key: str) -> str:
             f"{word!r} is not of the form key=value; write for example model=llama3-8b gpu=h200. "
             f"Keys: {', '.join(KEYS)}."
         )
-    near = configs.nearest(key.rsplit(".", 1)[-1], KEYS)
+    near = did_you_mean(key, KEYS, "{}=")
     return (
-        f"{word!r}: unknown key {key!r}; did you mean {near}=? Keys: {', '.join(KEYS)}, and what "
+        f"{word!r}: unknown key {key!r}{near} Keys: {', '.join(KEYS)}, and what "
         "`slope train` has under model. and pruner."
     )

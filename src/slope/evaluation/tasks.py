@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import random
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from slope.evaluation.table import Measurement
+from slope.spelling import did_you_mean
 
 PAPER = (
     "mmlu", "arc_challenge", "openbookqa", "winogrande", "hellaswag", "mathqa", "piqa", "race",
@@ -140,11 +140,10 @@ def _check_once(keys: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    question = f"did you mean {near[0]!r}? Give" if near else "give"
     return (
-        f"unknown task {name!r}; {question} a name of lm-eval (`lm-eval ls tasks` lists them), the "
-        f"path of a task file ending in .yaml, or paper for {', '.join(PAPER)}."
+        f"unknown task {name!r}{did_you_mean(name, known)} Give a name of lm-eval (`lm-eval ls "
+        "tasks` lists them), the path of a task file ending in .yaml, or paper for "
+        f"{', '.join(PAPER)}."
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
-from slope.configs import nearest
+from slope.spelling import did_you_mean
 
 TASKS = (
     *(f"glue/{name}" for name in ("cola", "sst2", "mrpc", "stsb", "qqp", "rte", "mnli", "qnli")),
@@ -121,7 +121,8 @@ def settings(overrides: Sequence[str]) -> Settings:
         if not equals:
             raise ValueError(f"{override!r} is not of the form key=value.")
         if key not in known:
-            raise ValueError(f"{override!r}: unknown key; did you mean {nearest(key, known)}=?")
+            near = did_you_mean(key, known, "{}=")
+            raise ValueError(f"{override!r}: unknown key{near} Keys: {', '.join(known)}.")
         typed[key] = value
     task = typed.get("task")
     for key, example in (("task", "glue/sst2"), ("init_from", "checkpoints/my-run")):
@@ -129,7 +130,7 @@ def settings(overrides: Sequence[str]) -> Settings:
             raise ValueError(f"{key} must be given; add for example {key}={example}.")
     if task not in TASKS:
         raise ValueError(
-            f"task={task} is unknown; did you mean task={nearest(str(task), TASKS)}? "
+            f"task={task} is unknown{did_you_mean(str(task), TASKS, 'task={}')} "
             f"Tasks: {', '.join(TASKS)}."
         )
     try:

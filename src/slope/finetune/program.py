@@ -125,13 +125,15 @@ def _run(settings: Settings, folder: Path, seeds: Sequence[int]) -> None:
             for split, features in evaluations.items()
         }
         scores = task.score(outputs)
+        report = slope.sparsity_report(model)
         result = {
             "seed": seed,
             **scores,
             "train_loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]),
             "steps": len(losses),
             "seconds": round(time.monotonic() - began, 1),
-            "layers": slope.sparsity_report(model).summary(),
+            "layers": report.summary(),
+            "sparse_layers": len(report.sparse),
         }
         rows = "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, start=1))
         files = task.predictions(outputs) | {
@@ -251,6 +253,7 @@ def _summary(settings: Settings, results: Sequence[Mapping[str, Any]]) -> dict[s
         "init_from": settings.init_from,
         "dense": settings.dense,
         "layers": results[0]["layers"],
+        "sparse_layers": results[0].get("sparse_layers"),  # older seeds do not tell
         "seeds": [result["seed"] for result in results],
         "metrics": means,
         "settings": _fixed(settings),
@@ -261,10 +264,12 @@ def _summary(settings: Settings, results: Sequence[Mapping[str, Any]]) -> dict[s
 def markdown(summary: Mapping[str, Any]) -> str:
     """The table for readers: one row per seed, then mean ± standard deviation."""
     metrics = {k: v for k, v in summary["metrics"].items() if k != "seconds"}
+    zeros_kept = not summary["dense"] and summary["sparse_layers"] != 0
+    trained = "Kept weights" if zeros_kept else "All weights"
     lines = [
         f"# {summary['task']} from {summary['init_from']}",
         "",
-        f"{summary['layers']}. {'All weights' if summary['dense'] else 'Kept weights'} trained; "
+        f"{summary['layers']}. {trained} trained; "
         "metrics in percent, train_loss in nats (STS-B: squared error); ± is the standard "
         "deviation over the seeds.",
         "",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from slope.spelling import did_you_mean
 
 # family -> transformers class that builds it with its head
 FAMILIES = {
@@ -133,11 +134,8 @@ def _check_keys(config_class: Any, values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in known:
             names = sorted(name for name in known if not name.startswith("_"))
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
-            raise ValueError(
-                f"model.config.{key} is no argument of {config_class.__name__}; did you mean "
-                f"model.config.{near[0]}?"
-            )
+            near = did_you_mean(key, names, "model.config.{}")
+            raise ValueError(f"model.config.{key} is no argument of {config_class.__name__}{near}")
 
 
 def _check_counts(config_class: Any, values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a product needs beside its operands, made once: handles, plans, workspaces.
+"""What a product needs beside its operands, made once: handles and plans.
 
 A handle belongs to one device and one thread (autograd runs the backward in a thread of its own),
 so everything here is kept per thread. A plan serves all layers of one shape: the bias is the only
@@ -58,7 +58,6 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.handles: dict[int, Handle] = {}
         self.plans: OrderedDict[PlanKey, Plan] = OrderedDict()
-        self.workspaces: dict[tuple[int, int], Tensor] = {}
         self.counts = PlanCounts()
 
 
@@ -111,18 +110,21 @@ class Products:
             x = torch.nn.functional.pad(x, (0, 0, 0, TOKEN_MULTIPLE - ragged))
         y = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
         device = _device_index(x)
-        stream = _stream(device)
         plan = self.plan(
             PlanKey(
                 device, out_features, in_features, x.shape[0], x.dtype, bias is not None, algorithm
             )
         )
+        # Given back after the launch: what takes it next on this stream runs after the product. A
+        # block of ours would be an alien in the memory of a CUDA graph.
+        size = plan.workspace_bytes
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
         plan.run(
             packed.data_ptr(),
             x.data_ptr(),
             y.data_ptr(),
-            stream,
-            self._workspace(device, stream, plan.workspace_bytes),
+            _stream(device),
+            0 if workspace is None else workspace.data_ptr(),
             0 if bias is None else bias.data_ptr(),
         )
         return y[:tokens] if ragged else y
@@ -191,23 +193,6 @@ class Products:
         if device not in handles:
             handles[device] = Handle(self._library)
         return handles[device]
-
-    def _workspace(self, device: int, stream: int, size: int) -> int:
-        """Address of scratch memory; one block per stream, since a stream runs one product at once.
-
-        What is captured in a CUDA graph gets memory of that graph: a block of ours may be replaced
-        by a larger one, and its memory be another tensor's, when the graph is replayed.
-        """
-        if not size:
-            return 0
-        where = torch.device("cuda", device) if device >= 0 else torch.device("cpu")
-        if device >= 0 and torch.cuda.is_current_stream_capturing():
-            return torch.empty(size, dtype=torch.uint8, device=where).data_ptr()
-        blocks = self._thread.workspaces
-        block = blocks.get((device, stream))
-        if block is None or block.numel() < size:
-            block = blocks[(device, stream)] = torch.empty(size, dtype=torch.uint8, device=where)
-        return block.data_ptr()
 
 
 def _device_index(tensor: Tensor) -> int:
