@@ -133,9 +133,15 @@ def test_rank_that_does_not_fit_is_refused_with_the_range(rank):
         Adapter(16, 32, rank)
 
 
+def test_a_ratio_too_large_is_named_as_it_was_given():
+    with pytest.raises(ValueError, match="adapter_rank=0.9999, rank 16, does not fit.*from 1 to 8"):
+        slope.sparsify(nn.Sequential(nn.Linear(16, 8)), slope.SparsityConfig(adapter_rank=0.9999))
+
+
 def test_rank_too_large_names_the_layer_and_changes_nothing():
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8))
-    with pytest.raises(ValueError, match=r"12.*'1'.*1 to 8"):
+    fits = r"adapter_rank=12 does not fit layer '1' of 8 x 32; .*1 to 8, for example adapter_rank=8"
+    with pytest.raises(ValueError, match=fits):
         slope.sparsify(model, slope.SparsityConfig(adapter_rank=12))
     assert all(type(layer) is nn.Linear for layer in model)
 

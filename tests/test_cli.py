@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -52,6 +53,23 @@ def test_train_calls_the_program(runs: list[Any], capsys: pytest.CaptureFixture[
     assert (cfg.name, cfg.trainer.max_steps) == ("first", 3)
 
 
+@pytest.mark.parametrize(
+    ("override", "warned"),
+    [
+        ("train.scheduler.warmup_steps=4", "warmup_steps=4 warms up for 4 steps, and trainer.max_"),
+        ("train.scheduler.warmup_ratio=1", "warmup_ratio=1 warms up for 4 steps, and trainer.max_"),
+        ("train.scheduler.warmup_steps=3", ""),
+    ],
+)
+def test_a_warm_up_that_never_ends_is_said(
+    override: str, warned: str, runs: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "experiment=smoke", "trainer.max_steps=4", override]) == 0
+    said = capsys.readouterr().err
+    assert warned in said if warned else not said
+    assert len(runs) == 1
+
+
 def test_only_the_first_process_speaks(
     runs: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +92,10 @@ def test_only_the_first_process_speaks(
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
         (["foo"], "unknown command 'foo'. Commands: train, finetune, "),
         (["train", "experiment=compare/smoke"], "type `slope compare experiment=compare/smoke`"),
+        (["train", "-m", "experiment=smoke", "seed=1,2"], "for seed in 1 2; do slope train"),
+        (["train", "--multirun", "experiment=smoke"], "slope compare experiment=compare/small"),
+        (["train", "--cfg", "job"], "nothing to train"),
+        (["train", "--cfg", "job", "experiment=dem"], "did you mean experiment=demo"),
         (["plot"], "required: RUN"),
         (["plot", "a", "--output", "a.pdf"], "--output a.pdf must end in .png or .svg"),
         (["plot", "a", "--against", "epochs"], "invalid choice: 'epochs'"),
@@ -199,7 +221,13 @@ def test_no_command_prints_help_on_stderr_and_is_wrong(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["config"], ["train", "--cfg"], ["config", "--json"], ["train", "--cfg", "--json"]],
+    [
+        ["config"],
+        ["train", "--cfg"],
+        ["train", "--cfg", "job"],  # Hydra's spelling
+        ["config", "--json"],
+        ["train", "--cfg", "--json"],
+    ],
 )
 def test_printed_configuration_is_the_resolved_one(
     arguments: list[str], runs: list[Any], capsys: pytest.CaptureFixture[str]
@@ -453,3 +481,12 @@ def test_unknown_key_is_found_before_torch_is_imported() -> None:
     done = run_watched("experiment=smoke", "pruner.patern=2:4")
     assert (done.returncode, done.stdout) == (2, "")
     assert "did you mean 'pruner.pattern'" in done.stderr
+
+
+def test_a_terminal_without_a_letter_still_gets_the_answer(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert cli.main(["--version"]) == 0
+    print("±")
+    terminal.flush()
+    assert terminal.buffer.getvalue().endswith(b"?\n")

@@ -100,3 +100,12 @@ def test_compress_does_not_share_memory_with_the_weight():
     before = packed.values.clone()
     weight.zero_()
     assert torch.equal(packed.values, before)
+
+
+def test_a_mask_of_another_shape_is_refused_though_it_holds_as_many_entries():
+    weight, pattern = torch.randn(8, 16), slope.NMPattern(2, 4)
+    mask = masks.row_keep_mask(torch.randn(16, 8), pattern)
+    with pytest.raises(ValueError, match=r"shape \(16, 8\), but the weight is 8 x 16.*transpose"):
+        compressed.compress(weight, mask, pattern)
+    with pytest.raises(ValueError, match=r"the mask is \(O, I\): transpose it for a Conv1D"):
+        slope.SlopeLinear.from_linear(torch.nn.Linear(16, 8), mask)

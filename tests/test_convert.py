@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import oracle
 import slope
@@ -408,6 +411,219 @@ def test_weight_with_nan_is_refused_before_any_change():
     with pytest.raises(ValueError, match="NaN"):
         slope.sparsify(model)
     assert untouched(model)
+
+
+# ---------------------------------------------------------------- subclasses, computed weights
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+def pruned(name):
+    return lambda layer: prune.random_unstructured(layer, name, 0.5)
+
+
+def weight_norm_of_old(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+# How a layer is made, and what the report says of it.
+RESISTING = {
+    "subclass": (lambda layer: MyLinear(16, 16), r"MyLinear is a subclass of nn\.Linear; SlopeL"),
+    "old weight_norm": (
+        weight_norm_of_old,
+        r"computed by weight_norm; call torch\.nn\.utils\.remove_weight_norm\(layer\) first",
+    ),
+    "old spectral_norm": (
+        nn.utils.spectral_norm, r"computed by spectral_norm; call .*remove_spectral_norm\(layer\)",
+    ),
+    "prune": (pruned("weight"), r"computed by prune; call .*prune\.remove\(layer, 'weight'\)"),
+    "weight_norm": (
+        nn.utils.parametrizations.weight_norm, r"weight is computed by a parametrization; call ",
+    ),
+    "spectral_norm": (
+        nn.utils.parametrizations.spectral_norm, r"remove_parametrizations\(layer, 'weight'\)",
+    ),
+    "parametrized bias": (
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "bias", nn.Tanh()),
+        r"its bias is computed by a parametrization",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "why"), RESISTING.values(), ids=RESISTING)
+def test_subclasses_and_computed_weights_stay_dense_and_the_report_says_why(make, why):
+    model = nn.Sequential(nn.Linear(16, 16), make(nn.Linear(16, 16)))
+    state = copy.deepcopy(model[1].state_dict())
+    resisting, outputs = model[1], model[1].eval()(torch.ones(2, 16))
+    model.train()
+    report = slope.sparsify(model)
+    assert model[1] is resisting
+    assert sparse_names(model) == ["0"]
+    assert re.search(why, reasons(report)["1"])
+    assert re.search(why, reasons(slope.sparsity_report(model))["1"])
+    entry = report.layers[1]
+    assert (entry.numel_dense, entry.bytes_stored) == (256, 1024)
+    assert all(torch.equal(model[1].state_dict()[name], state[name]) for name in state)
+    assert torch.equal(model[1].eval()(torch.ones(2, 16)), outputs)
+
+
+@pytest.mark.parametrize(("make", "why"), RESISTING.values(), ids=RESISTING)
+def test_a_model_of_nothing_else_is_refused_with_the_next_step(make, why):
+    model = nn.Sequential(make(nn.Linear(16, 16)))
+    with pytest.raises(ValueError, match=f"matched no layers.*Linear x1.*because: 0: .*{why}"):
+        slope.sparsify(model)
+    with pytest.raises(
+        ValueError, match=f"rule '0' matches no layer that can be sparse: 0: .*{why}"
+    ):
+        slope.sparsify(model, slope.SparsityConfig(rules=[("0", "2:4")]))
+
+
+def test_a_parametrized_conv1d_is_reported_too():
+    model = gpt2()
+    layer = model.transformer.h[1].mlp.c_fc
+    nn.utils.parametrizations.weight_norm(layer)
+    report = slope.sparsify(model)
+    entry = next(entry for entry in report.layers if entry.name == "transformer.h.1.mlp.c_fc")
+    assert "parametrization" in entry.reason
+    assert (entry.in_features, entry.out_features) == (32, 128)
+
+
+def test_a_subclass_may_be_skipped_by_name():
+    model = nn.Sequential(nn.Linear(16, 16), MyLinear(16, 16))
+    report = slope.sparsify(model, slope.SparsityConfig(skip=["1"]))
+    assert reasons(report) == {"1": "skip='1'"}
+
+
+def test_what_attention_reads_itself_is_neither_converted_nor_listed():
+    model = nn.TransformerEncoderLayer(16, 2, 32)
+    report = slope.sparsify(model)
+    assert [layer.name for layer in report.layers] == ["linear1", "linear2"]
+
+
+def test_a_model_without_linear_layers_is_told_what_can_be_converted():
+    with pytest.raises(ValueError, match=r"found: none\. It converts nn\.Linear and .*Conv1D"):
+        slope.sparsify(nn.Sequential(nn.Conv2d(3, 3, 3)))
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "dynamic-weight"}])
+def test_a_bias_that_is_no_parameter_is_refused_before_any_change(options):
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), pruned("bias")(nn.Linear(16, 16)))
+    with pytest.raises(ValueError, match=r"layer '2' has a bias that is no Par.*skip=\['2'\]"):
+        slope.sparsify(model, slope.SparsityConfig(**options))
+    assert untouched(model)
+    prune.remove(model[2], "bias")
+    bias = model[2].bias.detach().clone()
+    slope.sparsify(model, slope.SparsityConfig(**options))
+    assert torch.equal(model[2].bias, bias)
+
+
+# ---------------------------------------------------------------- heads
+
+
+class Classifier(nn.Module):
+    def __init__(self, **heads):
+        super().__init__()
+        self.body = nn.Linear(16, 16)
+        for name, head in heads.items():
+            setattr(self, name, head)
+
+
+@pytest.mark.parametrize("name", ["classifier", "score", "qa_outputs", "seq_relationship", "head"])
+def test_heads_of_other_tasks_stay_dense(name):
+    report = slope.sparsify(Classifier(**{name: nn.Linear(16, 3)}))
+    assert reasons(report) == {name: "output head"}
+
+
+@pytest.mark.parametrize("name", ["classifier", "classification_head"])
+def test_of_a_head_of_several_layers_the_last_one_stays_dense(name):
+    head = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    report = slope.sparsify(Classifier(**{name: head}))
+    assert reasons(report) == {f"{name}.2": "output head"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("BertForSequenceClassification", {"classifier"}),
+        ("BertForQuestionAnswering", {"qa_outputs"}),
+        ("BertForPreTraining", {"cls.predictions.decoder", "cls.seq_relationship"}),
+        ("RobertaForSequenceClassification", {"classifier.out_proj"}),
+    ],
+)
+def test_heads_of_transformers_stay_dense(kind, heads):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    config = getattr(transformers, kind).config_class(vocab_size=48, **sizes)
+    report = slope.sparsify(getattr(transformers, kind)(config))
+    dense = {name for name, why in reasons(report).items() if "first linear" not in why}
+    assert dense == heads
+
+
+# ---------------------------------------------------------------- hooks
+
+
+def hooked(layer, seen):
+    """One hook of each kind on ``layer``; what they see goes into ``seen``."""
+    return [
+        layer.register_forward_pre_hook(lambda *_: seen.append("pre")),
+        layer.register_forward_hook(lambda *_, **__: seen.append("forward"), with_kwargs=True),
+        layer.register_full_backward_pre_hook(lambda *_: seen.append("backward pre")),
+        layer.register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
+
+
+ALL_HOOKS = ["pre", "forward", "backward pre", "backward"]
+
+
+def fired(model, seen):
+    seen.clear()
+    model(torch.randn(2, 16, requires_grad=True)).sum().backward()
+    return list(seen)
+
+
+def back_to_dense(model):
+    slope.densify(model)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "dynamic-weight"}, {"unstructured_sparsity": 50}]
+)
+def test_hooks_of_a_dense_layer_go_over_to_the_sparse_one_and_back(options):
+    model, seen = nn.Sequential(nn.Linear(16, 16)), []
+    handles = hooked(model[0], seen)
+    slope.sparsify(model, slope.SparsityConfig(**options))
+    assert fired(model, seen) == ALL_HOOKS
+    handles.pop(0).remove()
+    slope.densify(model)
+    assert fired(model, seen) == ALL_HOOKS[1:]
+    for handle in handles:
+        handle.remove()
+    assert fired(model, seen) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({}, back_to_dense),
+        ({"method": "dynamic-weight"}, back_to_dense),
+        ({"method": "dynamic-weight"}, slope.compress_weights),
+        ({"method": "dynamic-input"}, slope.compress_weights),
+    ],
+)
+def test_hooks_of_a_sparse_layer_go_over_to_what_takes_its_place(options, change):
+    model, seen = nn.Sequential(nn.Linear(16, 16)), []
+    slope.sparsify(model, slope.SparsityConfig(**options))
+    before, handles = model[0], hooked(model[0], seen)
+    change(model)
+    assert model[0] is not before
+    assert fired(model, seen) == ALL_HOOKS
+    for handle in handles:
+        handle.remove()
+    assert fired(model, seen) == []
 
 
 # ---------------------------------------------------------------- back to dense, and state

@@ -482,3 +482,52 @@ def test_building_on_meta_is_undone_afterwards():
     with load_module.parameters_on_meta():
         assert nn.Linear(4, 4).weight.is_meta
     assert not nn.Linear(4, 4).weight.is_meta
+
+
+def test_an_unknown_backend_is_no_damage_of_the_file(tmp_path):
+    slope.save_pretrained(sparse_mlp(), tmp_path / "m")
+    with pytest.raises(ValueError, match="^backend='foo' is unknown; choose one of auto, dense"):
+        slope.load_pretrained(tmp_path / "m", model=Mlp(), backend="foo")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
+def test_a_gpu_that_is_not_there_is_named(tmp_path, device):
+    slope.save_pretrained(sparse_mlp(), tmp_path / "m")
+    with pytest.raises(RuntimeError, match=f"device='{device}' is not there.*device='cpu'"):
+        slope.load_pretrained(tmp_path / "m", model=Mlp(), device=device)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_what_is_frozen_in_the_given_model_stays_frozen(tmp_path, sparse):
+    slope.save_pretrained(sparse_mlp(adapter_rank=2), tmp_path / "m")
+    model = sparse_mlp(adapter_rank=2) if sparse else Mlp()
+    model.up.requires_grad_(False)
+    model.norm.requires_grad_(False)
+    loaded = slope.load_pretrained(tmp_path / "m", model=model)
+    frozen = {name for name, p in loaded.named_parameters() if not p.requires_grad}
+    adapter = {"up.adapter.down", "up.adapter.up"} if sparse else set()
+    assert frozen == {"up.values", "up.bias", "norm.weight", "norm.bias"} | adapter
+
+
+def test_hooks_of_the_given_model_stay(tmp_path):
+    slope.save_pretrained(sparse_mlp(), tmp_path / "m")
+    model, seen = Mlp(), []
+    handle = model.up.register_forward_hook(lambda *_: seen.append("up"))
+    slope.load_pretrained(tmp_path / "m", model=model)(IDS)
+    assert seen == ["up"]
+    handle.remove()
+    model(IDS)
+    assert seen == ["up"]
+
+
+def test_a_single_layer_takes_over_and_keeps_its_hooks_and_its_frozen_bias(tmp_path):
+    layer, seen = slope.SlopeLinear(16, 8), []
+    slope.save_pretrained(layer, tmp_path / "m")
+    other = slope.SlopeLinear(16, 8)
+    other.bias.requires_grad_(False)
+    other.register_forward_hook(lambda *_: seen.append("called"))
+    x = torch.randn(2, 16)
+    assert torch.equal(slope.load_pretrained(tmp_path / "m", model=other)(x), layer(x))
+    assert seen == ["called"]
+    assert [name for name, p in other.named_parameters() if p.requires_grad] == ["values"]

@@ -189,6 +189,8 @@ def test_a_folder_of_save_pretrained(here, capsys):
         (["gpt2/small", "pruner.pattern=2:8"], ["(2:8)"]),
         (["gpt2/small", "pruner=none"], ["sparsified 0 of 49"]),
         (["experiment=smoke", "pruner.add_lora=False"], ["sparsified 7 of 9", "512 x 32"]),
+        (["bert/base"], ["bert/base: sparsified", "3072 x 768"]),
+        (["bert/large", "pruner.pattern=2:8"], ["(2:8)", "4096 x 1024"]),
         (["experiment=smoke", "pruner=extended-sr-ste"], ["dynamic-weight"]),
     ],
 )
@@ -218,6 +220,9 @@ def test_json_of_a_model(here, capsys):
         (["gpt2/smal"], 1, "did you mean 'gpt2/small'? Runs under checkpoints/: mine; models:"),
         (["mien"], 1, "did you mean 'mine'?"),
         (["mine", "pruner.pattern=2:8"], 2, "mine is a checkpoint, which takes no overrides: 'pru"),
+        (["mine", "other"], 2, "takes no overrides: 'other'; name mine alone."),
+        (["gpt2/small", "bert/base"], 2, "gpt2/small and bert/base are several models; name one."),
+        (["gpt2/small", "--tokens", "64"], 2, "--tokens goes with --backend"),
         (["experiment=smoke", "pruner.patern=2:4"], 2, "did you mean 'pruner.pattern'"),
         (["experiment=smoke", "pruner.pattern=3:2"], 2, "pattern 3:2 keeps n=3 of m=2"),
         ([], 2, "the following arguments are required: CHECKPOINT|MODEL"),
@@ -227,6 +232,13 @@ def test_wrong_arguments(here, capsys, arguments, code, message):
     save(here, {"x": torch.zeros(2)})
     assert cli.main(["inspect", *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+def test_usage_says_that_one_checkpoint_is_inspected_at_a_time(capsys):
+    assert cli.main(["inspect"]) == 2
+    err = capsys.readouterr().err
+    assert " CHECKPOINT|MODEL [override ...]\n" in err
+    assert err.endswith("the following arguments are required: CHECKPOINT|MODEL\n")
 
 
 def test_a_folder_whose_files_have_other_names(here, capsys):

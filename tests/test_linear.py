@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -703,6 +704,118 @@ def test_a_compiled_graph_takes_the_operand_that_eager_mode_made():
         layer(x)
         exported = torch.export.export(layer, (x,)).module()
         torch.testing.assert_close(exported(x), plain)
+
+
+def fused_step(layer):
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    layer(torch.randn(4, 64)).square().mean().backward()
+    optimizer.step()
+    layer.requires_grad_(False)
+
+
+def averaged(layer):
+    layer.requires_grad_(False)
+    layer(torch.randn(4, 64))
+    for parameter in layer.parameters():
+        parameter.data.mul_(0.5).add_(1.0)
+
+
+def another_tensor(layer):
+    layer.requires_grad_(False)
+    for _ in range(5):  # memory of the one before is used again
+        layer(torch.randn(4, 64))
+        layer.values = nn.Parameter(torch.randn_like(layer.values), requires_grad=False)
+
+
+@pytest.mark.parametrize("write", [fused_step, averaged, another_tensor])
+def test_a_frozen_layer_computes_with_its_values(write):
+    layer, x = slope.SlopeLinear(64, 64), torch.randn(4, 64, requires_grad=True)
+    write(layer)
+    y = layer(x)
+    torch.testing.assert_close(y, x @ layer.to_dense().t() + layer.bias)
+    y.sum().backward()
+    fresh = copy.deepcopy(layer)
+    fresh.refresh_column_mask()
+    w_rc = fresh.to_dense() * fresh.column_keep_mask()
+    torch.testing.assert_close(x.grad, torch.ones_like(y) @ w_rc)
+
+
+def test_other_weights_by_functional_call():
+    layer, x = slope.SlopeLinear(64, 64).requires_grad_(False), torch.randn(3, 64)
+    for _ in range(5):
+        values = torch.randn_like(layer.values)
+        y = torch.func.functional_call(layer, {"values": values}, (x,))
+        twin = copy.deepcopy(layer)
+        twin.values.copy_(values)
+        torch.testing.assert_close(y, x @ twin.to_dense().t() + layer.bias)
+
+
+def test_frozen_values_are_compared_once():
+    layer, x = slope.SlopeLinear(64, 64), torch.randn(3, 64)
+    layer(x)
+    layer.requires_grad_(False)
+    layer(x)
+    state = layer._cache._state
+    assert state.trusted is not None
+    layer(x)
+    assert layer._cache._state is state
+
+
+def test_threads_may_serve_one_layer():
+    plain = slope.SlopeLinear(64, 64).requires_grad_(False)
+    x = torch.randn(3, 64)
+    expected = x @ plain.to_dense().t() + plain.bias
+
+    def serve(layer, rounded):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            return [layer(x).float() for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            layer = copy.deepcopy(plain)
+            made = [pool.submit(serve, layer, number % 2 == 1) for number in range(4)]
+            for y in (y for future in made for y in future.result()):
+                torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_inputs_of_another_width_are_refused(grad):
+    layer = slope.SlopeLinear(64, 64)
+    compiled = torch.compile(layer, backend="eager")
+    with torch.set_grad_enabled(grad):
+        for call in (layer, compiled):
+            with pytest.raises(Exception, match="input has 32 features, and the weight takes 64"):
+                call(torch.randn(3, 32))
+
+
+def test_a_forward_on_the_meta_device_gives_the_shape():
+    layer = slope.SlopeLinear(64, 32, device="meta")
+    assert layer(torch.randn(2, 64, device="meta")).shape == (2, 32)
+
+
+def test_autocast_leaves_what_it_leaves_of_a_dense_layer():
+    layer = slope.SlopeLinear(64, 32).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 64, dtype=torch.float64)).dtype == torch.float64
+        with pytest.raises(RuntimeError, match="input is torch.int64 but values are torch.float64"):
+            layer(torch.ones(2, 64, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("interval", [-3, 1.5, True, "1", None])
+def test_an_interval_is_a_number_of_steps(interval):
+    with pytest.raises(ValueError, match="column_mask_interval=.* must be a whole number of steps"):
+        slope.SlopeLinear(64, 64, column_mask_interval=interval)
+
+
+def test_what_cannot_be_converted():
+    with pytest.raises(ValueError, match="Conv2d is no linear layer; give an nn.Linear"):
+        slope.SlopeLinear.from_linear(nn.Conv2d(4, 4, 2))
+    linear = nn.Linear(16, 16)
+    bias = linear.bias.detach()
+    del linear.bias
+    linear.register_buffer("bias", bias)
+    with pytest.raises(ValueError, match="a bias that is no Parameter"):
+        slope.SlopeLinear.from_linear(linear)
 
 
 def test_no_operand_is_made_while_a_graph_is_captured(monkeypatch):

@@ -153,3 +153,39 @@ def test_random_mask_depends_only_on_its_generator():
 def test_row_mask_refuses_a_width_that_the_pattern_does_not_divide():
     with pytest.raises(ValueError, match="10.*4"):
         masks.row_keep_mask(torch.randn(4, 10), slope.NMPattern.parse("2:4"))
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (4, 8, 16)])
+def test_a_negative_dimension_counts_from_the_end(shape):
+    scores, pattern = torch.randn(shape), slope.NMPattern(2, 4)
+    for dim in range(-len(shape), 0):
+        found = masks.top_n(scores, pattern, dim)
+        assert torch.equal(found, masks.top_n(scores, pattern, dim + len(shape)))
+        assert (found.movedim(dim, -1).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("dim", [0, -2])
+def test_scores_that_the_pattern_does_not_divide_are_named(dim):
+    with pytest.raises(ValueError, match=r"scores\.shape\[0\]=6 is not divisible by m=4"):
+        masks.top_n(torch.randn(6, 8), slope.NMPattern(2, 4), dim)
+
+
+@given(weights(), st.data())
+def test_nan_counts_as_zero_in_the_column_mask_so_that_no_group_keeps_too_many(case, data):
+    pattern, weight = case
+    row = oracle.row_keep(weight, pattern.n, pattern.m)
+    flags = st.lists(st.booleans(), min_size=weight.numel(), max_size=weight.numel())
+    broken = torch.tensor(data.draw(flags)).view_as(weight)
+    keep = masks.column_keep_mask(weight.masked_fill(broken, math.nan) * row, row, pattern)
+    assert torch.equal(keep, masks.column_keep_mask(weight.masked_fill(broken, 0.0), row, pattern))
+    assert (column_counts(keep, pattern.m) <= pattern.n).all()
+    columns = row.nonzero()[:, 1].view(len(row), -1)
+    values = weight.masked_fill(broken, math.nan).gather(1, columns)
+    survives = masks.survivors(values, columns, weight.shape[1], pattern)
+    assert torch.equal(survives, keep.gather(1, columns))
+
+
+def test_an_infinite_weight_survives_the_column_mask():
+    weight, row = torch.tensor([[math.inf], [1.0], [2.0], [-3e38]]), torch.ones(4, 1).bool()
+    keep = masks.column_keep_mask(weight, row, slope.NMPattern(2, 4))
+    assert keep.flatten().tolist() == [True, False, False, True]

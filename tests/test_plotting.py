@@ -3,11 +3,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from slope import plotting
+from slope import cli, plotting
 from slope.plotting import curves, masks, runs
 
 COLUMNS = [
@@ -92,6 +93,20 @@ def test_without_a_summary_the_adapters_start_is_read_from_the_metrics(tmp_path)
     )
 
 
+def test_a_resumed_run_is_not_titled_with_what_it_came_to_before(tmp_path):
+    summary = {"val_loss": 5.814, "tokens": 5120, "adapters_started_at_step": 17}
+    titles = {}
+    for steps in (39, 40, 45):  # the last row is of step 40
+        folder = write_run(tmp_path / "run", summary=summary | {"steps": steps})
+        figure = drawn(folder)
+        titles[steps] = figure.get_suptitle()
+        start = 30 if steps < 40 else 17
+        assert any([start, start] == list(line.get_xdata()) for line in figure.axes[0].lines)
+    assert titles[39] == "run"
+    assert titles[40].endswith("validation loss 5.814, perplexity 335.0, after 5,120 tokens")
+    assert titles[45] == titles[40]
+
+
 def test_a_dense_run_has_neither_bigram_nor_adapters(tmp_path):
     summary = {"adapters_started_at_step": None}
     folder = write_run(tmp_path, adapters_from=1000, summary=summary)
@@ -113,7 +128,42 @@ def test_a_loss_that_is_not_finite_does_not_stop_the_picture(tmp_path):
 
 def test_smoothing_keeps_a_straight_line_straight():
     line = [2.0 * i for i in range(200)]
-    assert runs.smooth(line) == pytest.approx(line)
+    assert runs.smooth(line)[3:-3] == pytest.approx(line[3:-3])
+
+
+@pytest.mark.parametrize("steps", [21, 200, 1000])
+def test_smoothing_ends_in_a_mean_and_not_in_a_single_loss(steps):
+    smoothed = runs.smooth([6.0] + [4.0] * (steps - 2) + [3.0])
+    half = max(1, steps // 60)
+    assert smoothed[0] == pytest.approx(4.0 + 2.0 / (half + 1))
+    assert smoothed[-1] == pytest.approx(4.0 - 1.0 / (half + 1))
+    assert smoothed[half + 1 : -half - 1] == [4.0] * (steps - 2 * half - 2)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_of_one_row_is_seen_at_a_whole_step(tmp_path, count):
+    folders = [write_run(tmp_path / f"{i}", steps=1, adapters_from=1) for i in range(count)]
+    for folder in folders:
+        with (folder / "metrics.csv").open("a") as file:
+            file.write("2,1024,,,nan,nan\n")  # diverged
+        write_masks(folder, steps=(1,))
+    for picture in (curves, masks):
+        figure = drawn(*folders, picture=picture)
+        for axis in rendered(figure).axes:
+            lines = [line for line in axis.get_lines() if len(line.get_xdata()) == 1]
+            assert lines and all(line.get_marker() not in ("None", None) for line in lines)
+            assert not axis.texts
+            low, high = axis.get_xlim()
+            assert {tick for tick in axis.get_xticks() if low <= tick <= high} <= {0, 1, 2}
+            assert low <= 1 <= high and 1 in axis.get_xticks()
+
+
+def test_the_fractions_of_a_step_are_no_ticks_and_those_of_other_units_are(tmp_path):
+    text = "step,tokens,seconds,train/loss\n1,1000000,0.5,5.0\n2,1500000,1.0,4.0\n"
+    (tmp_path / "metrics.csv").write_text(text)
+    for against, whole in (("steps", True), ("tokens", False), ("time", False)):
+        ticks = drawn(tmp_path, against=against).axes[0].get_xticks()
+        assert all(float(tick).is_integer() for tick in ticks) == whole
 
 
 def test_a_folder_without_metrics_is_an_error_that_says_what_to_give(tmp_path):
@@ -129,6 +179,40 @@ def test_metrics_without_a_step_and_a_broken_summary_are_errors(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(ValueError, match=r"summary\.json' is not valid JSON"):
         plotting.plot_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "missing"),
+    [
+        ("metrics.csv", "a,b\n1,2\n", "no column step and no train/loss; give the folder of a run"),
+        ("metrics.csv", "", "no column step and no train/loss"),
+        ("metrics.csv", "step,lr\n1,2\n", "no column train/loss"),
+        ("diagnostics.csv", "step,density\n1,0.5\n", "no column layer"),
+    ],
+)
+def test_a_table_of_something_else_is_told_by_the_column_that_it_lacks(
+    tmp_path, name, text, missing
+):
+    write_run(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}' is not the .* file of a run: it has {missing}"):
+        plotting.plot_run(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["plot", "report"])
+def test_a_run_that_is_misspelled_is_suggested_and_the_newest_are_listed(
+    tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    for number in range(12):
+        path = write_run(tmp_path / "logs" / f"run-{number}", steps=1) / "metrics.csv"
+        os.utime(path, (number, number))
+    assert cli.main([command, "rnu-0"]) == 1
+    said = capsys.readouterr().err
+    assert "; runs under logs/: run-11, run-10, run-9, " in said
+    assert said.endswith(", run-2 and 2 older ones; did you mean 'run-0'?\n")
+    assert cli.main([command, "zebra"]) == 1
+    assert capsys.readouterr().err.endswith(", run-2 and 2 older ones.\n")
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "diagnostics.csv"])

@@ -124,6 +124,16 @@ def test_a_run_that_goes_on_is_reported_as_far_as_it_is(folder):
     assert summary_of(folder)["tokens"] == 2000
 
 
+def test_a_resumed_run_is_reported_by_its_metrics_until_it_ends(folder):
+    finish(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"steps": 19}))
+    assert "Not finished" in Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert summary_of(folder)["step"] == 20
+    (folder / "summary.json").write_text(json.dumps(summary | {"steps": 20}))
+    assert summary_of(folder)["steps"] == 20
+
+
 def test_bytes_that_are_no_text_do_not_stop_the_page(folder):
     finish(folder)
     for name in ("report.txt", "config.yaml", "sample.txt"):

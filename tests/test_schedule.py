@@ -60,9 +60,9 @@ def test_lora_start_outside_its_range_is_refused(start):
         slope.SlopeSchedule(100, lora_start=start)
 
 
-@pytest.mark.parametrize("steps", [0, -5])
-def test_max_steps_below_one_is_refused(steps):
-    with pytest.raises(ValueError, match=f"max_steps={steps}"):
+@pytest.mark.parametrize("steps", [0, -5, 1.5, float("inf"), float("nan"), "10", None, True])
+def test_max_steps_that_is_no_whole_number_of_at_least_one_is_refused(steps):
+    with pytest.raises(ValueError, match=f"max_steps={steps!r} must be the whole number.*=1000"):
         slope.SlopeSchedule(steps)
 
 

@@ -72,8 +72,8 @@ class Adapter(nn.Module):
         largest = min(in_features, out_features)
         if not 1 <= rank <= largest:
             raise ValueError(
-                f"adapter rank {rank} does not fit a layer of {out_features} x {in_features}; "
-                f"choose lora_rank from 1 to {largest}."
+                f"rank={rank} does not fit the adapter of a layer of {out_features} x "
+                f"{in_features}; choose a rank from 1 to {largest}, for example rank={largest}."
             )
         if init not in _INITS:
             raise ValueError(

@@ -90,7 +90,8 @@ def compress(weight: Tensor, keep_mask: Tensor, pattern: NMPattern) -> Compresse
         values (O, I*n/m) of the weight's dtype; metadata (O, ceil(I*n/m * log2(m) / 8)) uint8.
 
     Raises:
-        ValueError: if I is not divisible by m, or a group does not hold exactly n kept values.
+        ValueError: if I is not divisible by m, the mask has another shape, or a group does not
+            hold exactly n kept values.
 
     Example:
         >>> w = torch.tensor([[1.0, 0.0, 3.0, 0.0]])
@@ -98,6 +99,11 @@ def compress(weight: Tensor, keep_mask: Tensor, pattern: NMPattern) -> Compresse
         tensor([[1., 3.]])
     """
     rows, in_features = weight.shape
+    if keep_mask.shape != weight.shape:
+        raise ValueError(
+            f"keep_mask has shape {tuple(keep_mask.shape)}, but the weight is {rows} x "
+            f"{in_features}; the mask is (O, I): transpose it for a Conv1D."
+        )
     if in_features % pattern.m:
         raise ValueError(
             f"in_features={in_features} is not divisible by m={pattern.m} of pattern {pattern}."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from slope.pattern import NMPattern
 
@@ -15,6 +16,11 @@ METHODS = (
 MASKS = ("magnitude", "random", "transposable", "wanda")
 ADAPTER_INITS = ("normal", "kaiming", "orthogonal")
 BACKENDS = ("auto", "dense", "cusparselt", "mma", "triton")
+# An example of each setting that is a number.
+_NUMBERS = {
+    "seed": 0, "column_mask_interval": 100, "adapter_rank": 16, "adapter_scale": 0.0625,
+    "unstructured_sparsity": 60, "srste_decay": 2e-4,
+}  # fmt: skip
 # The exact search over the masks of one m x m tile: 90 for 2:4, above 10^8 for 4:8.
 MAX_TRANSPOSABLE_GROUP = 4
 
@@ -81,6 +87,7 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         NMPattern.parse(self.pattern)
+        self._check_types()
         for name, choices in (
             ("mask", MASKS),
             ("backend", BACKENDS),
@@ -104,10 +111,16 @@ class SparsityConfig:
                 f"adapter_rank={rank} must be 0 (no adapters), a whole number, or a ratio of d_in "
                 "between 0 and 1, for example 16 or 0.0156."
             )
-        if isinstance(self.skip, str):
-            raise ValueError(f"skip={self.skip!r} must be a list of patterns: skip=[{self.skip!r}]")
+        scale = self.adapter_scale
+        if scale is not None and (scale == 0 or not math.isfinite(scale)):
+            raise ValueError(
+                f"adapter_scale={scale} must be a finite number other than 0, for example 0.0625; "
+                "None means 1/rank."
+            )
+        if not isinstance(self.seed, Integral):
+            raise ValueError(f"seed={self.seed} must be a whole number, for example seed=0.")
         for rule in self.rules:
-            if len(rule) != 2:
+            if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
                 raise ValueError(
                     f"rule {rule!r} must be a pair (name pattern, 'n:m' or 'dense'), for example "
                     "('*.mlp.*', '2:4')."
@@ -138,6 +151,33 @@ class SparsityConfig:
             and self.reduction_dim
             and self.unstructured_sparsity is None
         )
+
+    def _check_types(self) -> None:
+        for name, example in _NUMBERS.items():
+            value = getattr(self, name)
+            optional = getattr(SparsityConfig, name) is None  # its default
+            if value is None and optional:
+                continue
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ValueError(
+                    f"{name}={value!r} must be a number{' or None' if optional else ''}, for "
+                    f"example {name}={example}."
+                )
+        for name in ("reduction_dim", "prune_backward", "mask_rescale", "mvue"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be True or False, without quotes.")
+        named = repr([self.skip]) if isinstance(self.skip, str) else "['lm_head']"
+        for name, typed in (("skip", named), ("rules", "[('*.mlp.*', '2:4')]")):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Collection):
+                raise ValueError(f"{name}={value!r} must be a list, for example {name}={typed}.")
+        for pattern in self.skip:
+            if not isinstance(pattern, str):
+                raise ValueError(
+                    f"skip holds {pattern!r}, which is no text; name layers as "
+                    "model.named_modules() does, for example skip=['lm_head']."
+                )
 
     def _check_mask(self) -> None:
         if self.mask != "magnitude" and self.method != "static-weight":

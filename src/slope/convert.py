@@ -2,8 +2,11 @@
 
 ``sparsify`` replaces ``nn.Linear`` and transformers' ``Conv1D`` by :class:`slope.SlopeLinear`, and
 by :class:`slope.PrunedLinear` for the methods that SLoPe is compared with. Dense by default:
-embeddings and norms (no linear layers), tied weights, the output head, and the first linear layer
-after the embedding, block 0's QKV (arXiv:2405.16325, section 3).
+embeddings and norms (no linear layers), tied weights, output heads (what
+``get_output_embeddings()`` gives, and the last linear layer of each module that is called as one of
+``_HEAD_NAMES``), and block 0's QKV (arXiv:2405.16325, section 3), known by ``_QKV_NAMES`` in the
+first ``nn.ModuleList`` of a model with an embedding. Other layers that read an embedding, as the
+projections of OPT-350m and ALBERT, or T5's q, k and v, are sparse unless skip or rules name them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,14 @@ from torch import Tensor, nn
 
 from slope.adapters import resolve_rank
 from slope.config import SparsityConfig
-from slope.layers import adapted_layers, is_linear, pruned_layers
+from slope.layers import (
+    adapted_layers,
+    carry_hooks,
+    is_linear,
+    is_linear_like,
+    obstacle,
+    pruned_layers,
+)
 from slope.linear import AdaptedLinear, SlopeLinear, check_divides, dense_weight
 from slope.masks import random_row_keep_mask, row_keep_mask, transposable_keep_mask
 from slope.methods import Method, PrunedLinear, make_method
@@ -31,7 +41,11 @@ _QKV_NAMES = {
     "c_attn", "q_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "query", "key", "value",
     "query_key_value", "qkv", "wqkv", "in_proj", "wq", "wk", "wv",
 }  # fmt: skip
-_HEAD_NAMES = {"lm_head", "embed_out", "output_head", "head"}
+# Of language models; then of transformers' models for classification, ranking and questions.
+_HEAD_NAMES = {
+    "lm_head", "embed_out", "output_head", "head",
+    "classifier", "classification_head", "score", "qa_outputs", "seq_relationship",
+}  # fmt: skip
 
 
 def sparsify(
@@ -48,15 +62,16 @@ def sparsify(
         calibration: for ``mask="wanda"`` alone: batches, each called as ``model(**batch)``.
 
     Returns:
-        A report that names every linear layer and why it stayed dense.
+        A report that names every linear layer and why it stayed dense; those of subclasses and
+        with computed weights too, but not the projections inside ``nn.MultiheadAttention``.
 
     Raises:
         ValueError: if no layer matched, a skip pattern or rule matches nothing, a size is not
-            divisible by m, an adapter's rank does not fit, calibration batches are missing or not
-            wanted, or the model is sparse already, or wrapped for training. Nothing has been
-            changed then.
+            divisible by m, an adapter's rank does not fit, a bias is no parameter, calibration
+            batches are missing or not wanted, or the model is sparse already, or wrapped for
+            training. Nothing has been changed then.
     """
-    config = config or SparsityConfig()
+    config = _checked(config)
     if any(True for _ in adapted_layers(model)):
         raise ValueError(
             "the model is sparse already; call slope.densify(model) first to sparsify it anew."
@@ -68,23 +83,24 @@ def sparsify(
             "layer = slope.SlopeLinear.from_linear(layer)."
         )
     _check_calibration(model, config, calibration)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    _check_patterns_match(model, config)
+    linears = {name: module for name, module in model.named_modules() if is_linear_like(module)}
+    _check_patterns_match(linears, config)
     plan = {name: _decide(model, name, module, config) for name, module in linears.items()}
     chosen = {name: pattern for name, (pattern, _) in plan.items() if pattern is not None}
     if not chosen:
-        found = Counter(type(module).__name__ for module in linears.values())
-        listed = ", ".join(f"{kind} x{count}" for kind, count in found.items()) or "none"
-        reasons = "; ".join(f"{name}: {reason}" for name, (_, reason) in list(plan.items())[:4])
-        raise ValueError(
-            f"sparsify() matched no layers. Linear-like modules found: {listed}. "
-            + (f"They stay dense because: {reasons}. Change skip or rules." if reasons else "")
-        )
+        raise ValueError(_no_layers(linears, {name: why for name, (_, why) in plan.items()}))
     for name, pattern in chosen.items():
         weight = dense_weight(linears[name])
         out_features, in_features = weight.shape
         if config.unstructured_sparsity is None:
             check_divides(in_features, out_features, pattern, name)
+        bias = linears[name].bias
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            raise ValueError(
+                f"layer {name!r} has a bias that is no Parameter, which nobody could train; call "
+                "torch.nn.utils.prune.remove(layer, 'bias') or make it one first, or exclude it "
+                f"with skip=[{name!r}] or rules=[[{name!r}, 'dense']]."
+            )
         if weight.device.type != "meta" and torch.isnan(weight).any():
             raise ValueError(f"the weight of layer {name!r} holds NaN; initialise it first.")
         if config.adapter_rank:
@@ -173,6 +189,37 @@ def layer_generator(seed: int, name: str, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{purpose}:{name}".encode()))
 
 
+def _checked(config: Any) -> SparsityConfig:
+    if config is None:
+        return SparsityConfig()
+    if isinstance(config, SparsityConfig):
+        return config
+    options: Mapping[Any, Any] = {"pattern": "2:4"}
+    if isinstance(config, Mapping):
+        options = config
+    elif isinstance(config, str | NMPattern):
+        options = {"pattern": str(config)}
+    typed = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    raise ValueError(f"config={config!r} must be a SparsityConfig; write SparsityConfig({typed}).")
+
+
+def _no_layers(linears: Mapping[str, nn.Module], reasons: Mapping[str, str | None]) -> str:
+    """The error where nothing can become sparse: what was found, why not, what to do."""
+    found = Counter(type(module).__name__ for module in linears.values())
+    listed = ", ".join(f"{kind} x{count}" for kind, count in found.items()) or "none"
+    text = f"sparsify() matched no layers. Linear-like modules found: {listed}. "
+    if not linears:
+        return text + (
+            "It converts nn.Linear and transformers' Conv1D; build the model of these, or leave "
+            "it dense."
+        )
+    shown = "; ".join(f"{name or 'model'}: {why}" for name, why in list(reasons.items())[:4])
+    text += f"They stay dense because: {shown}."
+    if all(obstacle(module) for module in linears.values()):
+        return text  # each says itself what to do
+    return text + " Change skip or rules."
+
+
 def _matches(name: str, pattern: str) -> bool:
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
@@ -194,12 +241,18 @@ def _check_unwrapped(model: nn.Module) -> None:
         )
 
 
-def _check_patterns_match(model: nn.Module, config: SparsityConfig) -> None:
-    names = [name for name, module in model.named_modules() if name and is_linear(module)]
-    for kind, pattern in [("skip", p) for p in config.skip] + [
-        ("rule", r[0]) for r in config.rules
+def _check_patterns_match(linears: Mapping[str, nn.Module], config: SparsityConfig) -> None:
+    names = [name for name in linears if name]
+    for kind, pattern, dense in [("skip", p, True) for p in config.skip] + [
+        ("rule", r[0], r[1] == "dense") for r in config.rules
     ]:
-        if not any(_matches(name, pattern) for name in names):
+        matched = [name for name in names if _matches(name, pattern)]
+        reasons = [obstacle(linears[name]) for name in matched]
+        if not dense and matched and all(reasons):
+            raise ValueError(
+                f"rule {pattern!r} matches no layer that can be sparse: {matched[0]}: {reasons[0]}."
+            )
+        if not matched:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             raise ValueError(
                 f"{kind} {pattern!r} matches no linear layer. Layers of this model are named like "
@@ -214,6 +267,9 @@ def _decide(
     for pattern in config.skip:
         if _matches(name, pattern):
             return None, f"skip={pattern!r}"
+    why = obstacle(module)
+    if why is not None:
+        return None, why
     tied = _tied_to(model, name, module)
     if tied:
         return None, f"weight is tied to {tied}"
@@ -241,7 +297,12 @@ def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
     get_head = getattr(model, "get_output_embeddings", None)
     if callable(get_head) and get_head() is module:
         return True
-    return name.rpartition(".")[2] in _HEAD_NAMES
+    parts = name.split(".")
+    for end, part in enumerate(parts, 1):
+        if part in _HEAD_NAMES:
+            head = model.get_submodule(".".join(parts[:end]))
+            return module is [m for m in head.modules() if is_linear_like(m)][-1]
+    return False
 
 
 def _is_first_projection(model: nn.Module, name: str) -> bool:
@@ -260,9 +321,10 @@ def _check_rank(rank: int | float, in_features: int, out_features: int, name: st
     resolved = resolve_rank(rank, in_features)
     largest = min(in_features, out_features)
     if resolved > largest:
+        ratio = f", rank {resolved}," if resolved != rank else ""
         raise ValueError(
-            f"adapter rank {resolved} does not fit layer {name!r} of {out_features} x "
-            f"{in_features}; choose lora_rank from 1 to {largest}."
+            f"adapter_rank={rank}{ratio} does not fit layer {name!r} of {out_features} x "
+            f"{in_features}; choose a rank from 1 to {largest}, for example adapter_rank={largest}."
         )
 
 
@@ -398,5 +460,6 @@ def _dense_from(layer: AdaptedLinear) -> nn.Module:
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    carry_hooks(model.get_submodule(name), new)
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)

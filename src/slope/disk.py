@@ -13,6 +13,24 @@ def sync_file(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
+def lock(file: IO[Any]) -> None:
+    """Lock an open file until it is closed or the process ends, where the system can.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        return
+
+
 def sync_path(path: Path) -> None:
     """The same for a closed file, or for the names in a folder (where the system has that)."""
     if path.is_dir() and os.name != "posix":

@@ -87,7 +87,16 @@ def slope_linear(
 
     Returns:
         (..., O), dtype of ``x``.
+
+    Raises:
+        ValueError: if ``x`` has another number of features than the weight.
     """
+    # Nothing later would notice: positions are read group by group.
+    if x.shape[-1] * pattern.n != values.shape[1] * pattern.m:
+        raise ValueError(
+            f"the input has {x.shape[-1]} features, and the weight takes "
+            f"{values.shape[1] * pattern.m // pattern.n}."
+        )
     x_TI = x.reshape(-1, x.shape[-1])
     if not torch.is_grad_enabled():
         weight = SparseWeight(values, metadata, column_mask, pattern, x.shape[-1], packed)

@@ -7,7 +7,7 @@ state_dict are stock and work on n/m of the bytes. It is not called ``weight`` a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +25,63 @@ from slope.functional import slope_linear
 from slope.masks import row_keep_mask
 from slope.pattern import NMPattern
 
+_SAMPLED = 1024  # of a frozen layer's values, about
+
+
+class _Prepared(NamedTuple):
+    """Expanded operands and what they were made of."""
+
+    operands: Operands
+    source: tuple[Tensor, ...]
+    trusted: _Trusted | None
+
+
+class _Trusted(NamedTuple):
+    """Tensors of a frozen layer as they were when their contents were last compared."""
+
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int | None, ...]
+    sample: Tensor
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...]) -> _Trusted:
+        return cls(tensors, cls._versions(tensors), cls._sampled(tensors[0]))
+
+    def still(self, tensors: tuple[Tensor, ...]) -> bool:
+        return (
+            all(a is b for a, b in zip(self.tensors, tensors, strict=True))
+            and self.versions == self._versions(tensors)
+            and torch.equal(self.sample, self._sampled(tensors[0]))
+        )
+
+    @staticmethod
+    def _versions(tensors: tuple[Tensor, ...]) -> tuple[int | None, ...]:
+        # Tensors made under inference_mode track no version.
+        return tuple(None if t.is_inference() else t._version for t in tensors)
+
+    @staticmethod
+    def _sampled(values: Tensor) -> Tensor:
+        flat = values.detach().reshape(-1)
+        return flat[:: flat.numel() // _SAMPLED | 1].clone()
+
 
 class _OperandCache:
     """Expanded operands of one layer on the CPU, kept until the values or masks differ.
 
     Neither fused optimizers nor ``.data`` writes bump a tensor's version, so freshness is decided
-    by comparing contents, which reads far less than expanding writes. Only frozen values
-    (``requires_grad`` False: serving, decoding) are trusted by version and storage. New operands
-    are new tensors, so a backward still reads those of its own forward.
+    by comparing contents, which reads far less than expanding writes. Only where the values are
+    frozen (``requires_grad`` False: serving, decoding) and were so at the last comparison, the same
+    tensors with the same versions and the same sample of values are trusted: that shows a write to
+    all of them through ``.data``, as teachers are averaged, but not one to a few. New operands are
+    new tensors, so a backward still reads those of its own forward. Threads see a whole state or
+    the one before it.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self.operands: Operands | None = None
-        self.source: tuple[Tensor, ...] = ()
-        self.identity: tuple[Any, ...] = ()
+        self._state: _Prepared | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _OperandCache:
         return _OperandCache()
@@ -49,31 +89,35 @@ class _OperandCache:
     def __reduce__(self) -> Any:
         return _OperandCache, ()
 
-    @staticmethod
-    def identify(layer: SlopeLinear) -> tuple[Any, ...]:
-        tensors = (layer.values, layer.metadata, layer.column_mask)
-        # Tensors made under inference_mode track no version.
-        return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
+    @property
+    def filled(self) -> bool:
+        return self._state is not None
 
-    def holds(self, layer: SlopeLinear, dtype: torch.dtype) -> bool:
-        if self.operands is None or self.operands.w_r.dtype != dtype:
-            return False
-        if not layer.values.requires_grad and self.identity == self.identify(layer):
-            return True
-        current = (layer.values, layer.metadata, layer.column_mask)
-        return all(
-            a.shape == b.shape and torch.equal(a, b)
-            for a, b in zip(self.source, current, strict=True)
-        )
+    def find(self, layer: SlopeLinear, dtype: torch.dtype) -> Operands | None:
+        """The operands, if they are those of the layer as it is."""
+        state = self._state
+        if state is None or state.operands.w_r.dtype != dtype:
+            return None
+        current = self._of(layer)
+        frozen = not layer.values.requires_grad
+        if frozen and state.trusted is not None and state.trusted.still(current):
+            return state.operands
+        if not all(
+            a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+            for a, b in zip(state.source, current, strict=True)
+        ):
+            return None
+        self._state = state._replace(trusted=_Trusted.of(current) if frozen else None)
+        return state.operands
 
     def store(self, layer: SlopeLinear, operands: Operands) -> None:
-        self.operands = operands
-        self.identity = self.identify(layer)
-        self.source = (
-            layer.values.detach().clone(),
-            layer.metadata.clone(),
-            layer.column_mask.clone(),
-        )
+        current = self._of(layer)
+        trusted = None if layer.values.requires_grad else _Trusted.of(current)
+        self._state = _Prepared(operands, tuple(t.detach().clone() for t in current), trusted)
+
+    @staticmethod
+    def _of(layer: SlopeLinear) -> tuple[Tensor, ...]:
+        return layer.values, layer.metadata, layer.column_mask
 
 
 class AdaptedLinear(nn.Module):
@@ -131,7 +175,9 @@ class AdaptedLinear(nn.Module):
     def _in_call_dtype(self, x: Tensor, what: str) -> Tensor:
         """``x`` in the dtype of the products: autocast's, else the one it shares with the layer."""
         dtype = self.stored().dtype
-        if torch.is_autocast_enabled(x.device.type):
+        # As autocast does for nn.Linear, which leaves fp64 alone; the meta device has none.
+        eligible = x.is_floating_point() and x.dtype != torch.float64
+        if eligible and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             return x.to(torch.get_autocast_dtype(x.device.type))
         if x.dtype != dtype:
             raise RuntimeError(
@@ -181,7 +227,7 @@ class SlopeLinear(AdaptedLinear):
             may see gathered values that were rounded.
 
     Raises:
-        ValueError: if the pattern does not divide the layer.
+        ValueError: if the pattern does not divide the layer, or the interval is no such number.
     """
 
     values: nn.Parameter
@@ -201,6 +247,11 @@ class SlopeLinear(AdaptedLinear):
         prune_backward: bool = True,
     ) -> None:
         super().__init__()
+        if type(column_mask_interval) is not int or column_mask_interval < 0:
+            raise ValueError(
+                f"column_mask_interval={column_mask_interval!r} must be a whole number of steps, "
+                "for example 1, or 0 for never."
+            )
         self.in_features = in_features
         self.out_features = out_features
         self.pattern = NMPattern.parse(pattern)
@@ -263,9 +314,15 @@ class SlopeLinear(AdaptedLinear):
             prune_backward: as for the class.
 
         Raises:
-            ValueError: if the pattern does not divide the layer, or the mask breaks it.
+            ValueError: if the pattern does not divide the layer, the mask breaks it, or the bias is
+                no parameter.
         """
         weight = dense_weight(linear)
+        if linear.bias is not None and not isinstance(linear.bias, nn.Parameter):
+            raise ValueError(
+                "the layer has a bias that is no Parameter, which nobody could train; make it one, "
+                "or call torch.nn.utils.prune.remove(layer, 'bias') first."
+            )
         layer = cls(
             weight.shape[1],
             weight.shape[0],
@@ -279,7 +336,7 @@ class SlopeLinear(AdaptedLinear):
         )
         layer.origin = type(linear).__name__
         layer.train(linear.training)
-        if isinstance(linear.bias, nn.Parameter):
+        if linear.bias is not None:
             layer.bias = linear.bias
         if weight.device.type != "meta":
             layer.to_empty_sparse(weight.device)
@@ -439,27 +496,30 @@ class SlopeLinear(AdaptedLinear):
         """
         # Interval 1 makes the column mask a function of the values: chosen again whenever these are
         # expanded anew, in evaluation too, so that no forward finds operands with an older mask.
+        # A frozen layer keeps the mask that it came with until its values are written.
         refresh = (
             self.column_mask_interval == 1
             and self.refreshes_itself
             and self.prune_backward
-            and self.values.requires_grad
+            and (self.values.requires_grad or self._cache.filled)
         )
         if torch.compiler.is_compiling() or self.values.device.type != "cpu":
             if refresh and torch.is_grad_enabled():
                 self.refresh_column_mask()
             return None
-        if not self._cache.holds(self, dtype):
+        operands = self._cache.find(self, dtype)
+        if operands is None:
             if refresh:
                 self.refresh_column_mask()
-            self._cache.store(self, self._backend.expand(self.compressed_weight(), dtype))
-        assert self._cache.operands is not None
-        return self._cache.operands
+            operands = self._backend.expand(self.compressed_weight(), dtype)
+            self._cache.store(self, operands)
+        return operands
 
     def invalidate(self) -> None:
         """Drop the prepared operands; the next forward makes them again.
 
-        Needed after ``metadata`` of a frozen layer was written in place, if it runs compiled.
+        Needed after ``metadata`` of a frozen layer was written in place, if it runs compiled, and
+        after a few values of a frozen layer on the CPU were written through ``.data``.
         """
         self._cache.clear()
         self._operand = self._operand_of = self._operand_metadata = None
@@ -483,7 +543,8 @@ class SlopeLinear(AdaptedLinear):
             raise AttributeError(
                 "SlopeLinear has no 'weight': the parameter is 'values', and to_dense() gives the "
                 "weight with zeros. If torch's fast path for nn.TransformerEncoder asked, call "
-                "torch.backends.mha.set_fastpath_enabled(False)."
+                "torch.backends.mha.set_fastpath_enabled(False); if a model reads it itself, as T5 "
+                "does, leave that layer dense: skip=['*.wo']."
             )
         return super().__getattr__(name)
 
@@ -510,9 +571,17 @@ def check_divides(in_features: int, out_features: int, pattern: NMPattern, name:
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """Weight of ``nn.Linear`` or transformers' ``Conv1D`` as (O, I), detached."""
+    """Weight of ``nn.Linear`` or transformers' ``Conv1D`` as (O, I), detached.
+
+    Raises:
+        ValueError: for another layer.
+    """
     weight = linear.weight
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(
+            f"{type(linear).__name__} is no linear layer; give an nn.Linear, or a Conv1D of "
+            "transformers."
+        )
     return weight.detach().t() if type(linear).__name__ == "Conv1D" else weight.detach()
 
 

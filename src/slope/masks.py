@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from importlib.util import find_spec
 
 import torch
@@ -33,8 +34,13 @@ def top_n(scores: Tensor, pattern: NMPattern, dim: int) -> Tensor:
 
     Each entry's rank is the number of entries of its group that beat it. Counting comparisons is
     exact, deterministic on every device, and for small groups far quicker than sorting them. On a
-    GPU one kernel does it.
+    GPU one kernel does it. Scores hold no NaN, which would be above nobody and below nobody.
+
+    Raises:
+        ValueError: if the size of ``dim`` is not divisible by m.
     """
+    dim += scores.dim() if dim < 0 else 0
+    _check_divides(scores.shape[dim], pattern, f"scores.shape[{dim}]")
     if scores.is_cuda and scores.dim() == 2 and _has_triton() and not torch.compiler.is_compiling():
         from slope.selection import select
 
@@ -61,6 +67,16 @@ def _check_divides(size: int, pattern: NMPattern, what: str) -> None:
         raise ValueError(f"{what}={size} is not divisible by m={pattern.m} of pattern {pattern}.")
 
 
+def _check_no_nan(weight: Tensor) -> None:
+    if torch.isnan(weight).any():
+        raise ValueError("the weight holds NaN, so magnitudes cannot be ranked; initialise it.")
+
+
+def _magnitudes(entries: Tensor) -> Tensor:
+    """|entries| to be ranked where training may have brought NaN, which counts as 0."""
+    return entries.detach().abs().nan_to_num(nan=0.0, posinf=math.inf)
+
+
 def row_keep_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
     """Row mask of W^R: the n largest magnitudes in each group of m along d_in.
 
@@ -77,8 +93,7 @@ def row_keep_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
     Reference: section 2.1; on a random initialisation this support is uniformly random.
     """
     _check_divides(weight.shape[1], pattern, "in_features")
-    if torch.isnan(weight).any():
-        raise ValueError("the weight holds NaN, so magnitudes cannot be ranked; initialise it.")
+    _check_no_nan(weight)
     return top_n(weight.detach().abs(), pattern, dim=1)
 
 
@@ -107,7 +122,7 @@ def column_keep_mask(w_r: Tensor, keep_mask: Tensor, pattern: NMPattern) -> Tens
     """Column mask: the entries of W^R that survive in W^{R,C}, used only for the input gradient.
 
     In each group of m along d_out at most n kept entries survive, the largest magnitudes first. An
-    entry that is kept but happens to be 0.0 outranks every pruned one.
+    entry that is kept but happens to be 0.0 outranks every pruned one; NaN counts as 0.0.
 
     Args:
         w_r: row-pruned weight W^R, shape (O, I), any float dtype.
@@ -123,7 +138,7 @@ def column_keep_mask(w_r: Tensor, keep_mask: Tensor, pattern: NMPattern) -> Tens
     Reference: section 2.1, double pruning; Lemma 2.1 gives the mean number dropped.
     """
     _check_divides(w_r.shape[0], pattern, "out_features")
-    scores = torch.where(keep_mask, w_r.detach().abs(), -1.0)
+    scores = torch.where(keep_mask, _magnitudes(w_r), -1.0)
     return top_n(scores, pattern, dim=0) & keep_mask
 
 
@@ -137,10 +152,10 @@ def survivors(values: Tensor, columns: Tensor, in_features: int, pattern: NMPatt
         pattern: N:M pattern; O must be divisible by m.
 
     Returns:
-        (O, K) bool, True where the value survives in W^{R,C}.
+        (O, K) bool, True where the value survives in W^{R,C}; NaN counts as 0.0.
     """
     scores = values.new_full((values.shape[0], in_features), -1.0)
-    scores.scatter_(1, columns, values.detach().abs())
+    scores.scatter_(1, columns, _magnitudes(values))
     return top_n(scores, pattern, dim=0).gather(1, columns)
 
 
@@ -159,14 +174,20 @@ def transposable_keep_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
         the first pattern wins.
 
     Raises:
-        ValueError: if m is above 4, or does not divide O or I.
+        ValueError: if m is above 4, or does not divide O or I, or the weight holds NaN.
     """
     rows, columns = weight.shape
     _check_divides(columns, pattern, "in_features")
     _check_divides(rows, pattern, "out_features")
+    _check_no_nan(weight)
     table = _transposable_tiles(pattern).to(weight.device)
     m = pattern.m
-    tiles = weight.detach().abs().double().view(rows // m, m, columns // m, m)
+    magnitudes = weight.detach().abs().double()
+    infinite = magnitudes.isinf()
+    # Infinity times a zero of the table is NaN; this outweighs all that is finite of a tile, too.
+    largest = magnitudes.masked_fill(infinite, 0.0).max()
+    magnitudes = torch.where(infinite, m * m * (largest + 1), magnitudes)
+    tiles = magnitudes.view(rows // m, m, columns // m, m)
     tiles = tiles.transpose(1, 2).reshape(-1, m * m)
     best = torch.cat([(part @ table.t()).argmax(1) for part in tiles.split(_TILES_AT_ONCE)])
     chosen = table[best].bool().view(rows // m, columns // m, m, m)

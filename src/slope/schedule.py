@@ -7,6 +7,7 @@ Lightning, Hugging Face) calls the same object.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ class SlopeSchedule:
         evolution: how SLoPe's row mask evolves; None: it is fixed.
 
     Raises:
-        ValueError: if ``max_steps`` < 1, or a share is outside (0, 1].
+        ValueError: if ``max_steps`` is no whole number of at least 1, or a share is outside (0, 1].
 
     Example:
         >>> SlopeSchedule(1000, lora_start=0.99).start_step
@@ -52,8 +53,12 @@ class SlopeSchedule:
         dense_start: float | None = None,
         evolution: Evolution | None = None,
     ) -> None:
-        if max_steps < 1:
-            raise ValueError(f"max_steps={max_steps} must be at least 1.")
+        whole = isinstance(max_steps, Real) and not isinstance(max_steps, bool)
+        if not whole or not 1 <= max_steps < math.inf or int(max_steps) != max_steps:
+            raise ValueError(
+                f"max_steps={max_steps!r} must be the whole number of the run's optimizer steps, "
+                "at least 1, for example max_steps=1000."
+            )
         if lora_start is not None and not 0 < lora_start <= 1:
             raise ValueError(
                 f"lora_start={lora_start} is outside (0, 1]; it is the share of the steps before "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from slope.layers import adapter_parameters, is_linear
+from slope.layers import adapter_parameters, is_linear_like, linear_shape, obstacle
 from slope.linear import AdaptedLinear, SlopeLinear, dense_weight
 from slope.methods import PrunedLinear
 from slope.pattern import NMPattern
@@ -125,26 +125,30 @@ def report_with(model: nn.Module, reasons: dict[str, str | None]) -> SparsityRep
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             layers.append(_report_sparse(name, module))
-        elif is_linear(module):
-            weight = dense_weight(module)
-            size = weight.numel() * weight.element_size()
-            layers.append(
-                LayerReport(
-                    name=name,
-                    in_features=weight.shape[1],
-                    out_features=weight.shape[0],
-                    pattern=None,
-                    reason=reasons.get(name),
-                    numel_dense=weight.numel(),
-                    numel_stored=weight.numel(),
-                    bytes_dense=size,
-                    bytes_stored=size,
-                )
-            )
+        elif is_linear_like(module):
+            layers.append(_report_dense(name, module, reasons.get(name)))
     total = sum(parameter.numel() for parameter in model.parameters())
     adapter_total = sum(parameter.numel() for parameter in adapter_parameters(model))
     saved = sum(layer.numel_dense - layer.numel_stored for layer in layers)
     return SparsityReport(tuple(layers), total - adapter_total + saved, total)
+
+
+def _report_dense(name: str, module: nn.Module, reason: str | None) -> LayerReport:
+    why = obstacle(module)
+    out_features, in_features = linear_shape(module) if why else dense_weight(module).shape
+    numel = out_features * in_features
+    size = numel * next((p.element_size() for p in module.parameters()), 0)
+    return LayerReport(
+        name=name,
+        in_features=in_features,
+        out_features=out_features,
+        pattern=None,
+        reason=reason or why,
+        numel_dense=numel,
+        numel_stored=numel,
+        bytes_dense=size,
+        bytes_stored=size,
+    )
 
 
 def _report_sparse(name: str, layer: AdaptedLinear) -> LayerReport:

@@ -56,6 +56,5 @@ def _parts(name: str) -> list[str]:
 def _likeness(a: str, b: str) -> float:
     a, b = a.lower(), b.lower()
     short, long = sorted((a, b), key=len)
-    if len(short) > 2 and long.startswith(short):
-        return max(0.7, len(short) / len(long))
-    return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
+    ratio = difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
+    return max(0.7, ratio) if len(short) > 2 and long.startswith(short) else ratio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from slope import cli
-from slope.compare import figure, plan, results, table
+from slope.compare import columns, figure, plan, results, table
 
 SMOKE = "experiment=compare/smoke"
 
@@ -169,6 +170,28 @@ def test_console_table_is_in_order_of_loss_and_says_what_diverged(filled):
     text = written.getvalue()
     assert text.index("dense ") < text.index("slope ") < text.index("slope-lora")
     assert "1/3, diverged at step 20, 7" in text
+
+
+@pytest.mark.parametrize("tuned", [(), ("SQuAD", "GLUE")])
+def test_console_table_fits_80_columns_and_loses_no_digit(filled, tuned):
+    shown = dataclasses.replace(
+        filled, columns=tuple(columns.Column(name, (name.lower(),), "hub") for name in tuned)
+    )
+    scores = dict.fromkeys(tuned, results.Spread(89.125, 0.25))
+    found = [dataclasses.replace(result, scores=scores) for result in results.read(filled)]
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")
+    Console(width=80, file=written).print(table.console_table(shown, found))
+    written.seek(0)
+    _, edge, *lines, last = written.read().splitlines()
+    # Without UTF-8 the table is drawn in letters, and has edges on both sides.
+    assert edge == last == f"+{'-' * (len(edge) - 2)}+" and len(edge) <= 80
+    rows = [line for line in lines if not line.startswith("|-")]
+    assert all(len(row) == len(edge) and row[0] == row[-1] == "|" for row in rows)
+    cells = zip(*(row.split("|")[1:-1] for row in rows), strict=True)
+    text = "\n".join(" ".join(" ".join(column).split()) for column in cells)
+    for whole in ("5.1333 ? 0.1528", "+0.2500 ? 0.0500", "170.92", "1536.0", "diverged", *tuned):
+        assert whole in text
+    assert text.count("89.12 ? 0.25") == 3 * len(tuned)
 
 
 def saved_figures(monkeypatch):

@@ -143,7 +143,7 @@ def test_shards_and_their_index_must_agree(shards, capsys):
         (lambda d: d.pop("files"), "'files' is None"),
         (lambda d: d["layers"][LAYER].update(in_features=-4), f"damaged at layer '{LAYER}'"),
         (lambda d: d["layers"][LAYER].update(in_features="x"), f"damaged at layer '{LAYER}'"),
-        (lambda d: d["layers"][LAYER]["adapter"].update(rank=0), "adapter rank 0 does not fit"),
+        (lambda d: d["layers"][LAYER]["adapter"].update(rank=0), "rank=0 does not fit the adapter"),
         (lambda d: d["layers"][LAYER]["adapter"].update(rank=5), r"but \(5, 32\) is needed"),
         (
             lambda d: d["layers"].update({"transformer.h.9.mlp.c_fc": d["layers"][LAYER]}),

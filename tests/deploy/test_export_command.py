@@ -303,6 +303,9 @@ def test_the_target_and_the_calibration_are_seen_before_anything_is_loaded(here,
         assert "so it is no earlier export and is not replaced" in line
         to = ("--format", kind, "--output", "latin.txt")
         assert "latin.txt' is a file; choose" in error_of(capsys, "nothing", *to)
+        for output in ("latin.txt/x", "latin.txt/x/y"):
+            line = error_of(capsys, "nothing", "--format", kind, "--output", output)
+            assert f"latin.txt', a part of --output {output}, is a file; type another" in line
 
 
 @pytest.mark.parametrize(("words", "said"), [(4000, "128 x 32"), (60, " x 32"), (3, "1 x ")])

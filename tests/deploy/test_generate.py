@@ -163,12 +163,30 @@ def test_how_long_a_text_may_become_does_not_depend_on_the_prompts_beside_it(
         assert results(capsys, "--prompt", prompt, "--temperature", "0") == [result]
 
 
+def test_what_is_not_given_has_the_defaults_of_the_help(make_run, capsys):
+    make_run()
+    given = ("--temperature", "0.8", "--top-k", "50", "--top-p", "1", "--seed", "0")
+    prompts = ("--prompt", "the king", "--prompt", "a")
+    assert results(capsys, *prompts) == results(capsys, *prompts, *given, "--batch-size", "8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["mine"], 2, "give --prompt TEXT or --prompts-file FILE"),
         (["mine", "--prompt", "a", "--top-p", "2"], 2, "top_p=2.0 must be above 0"),
         (["mine", "--prompt", "a", "--batch-size", "0"], 2, "--batch-size 0 must be at least 1"),
+        (["mine", "--prompt", "a", "--batch-size", "4"], 2, "--batch-size goes with several prom"),
+        (
+            ["mine", "--prompt", "a", "--temperature", "0", "--top-k", "5"],
+            2,
+            "--top-k goes with a --temperature above 0",
+        ),
+        (
+            ["mine", "--prompt", "a", "--temperature", "0", "--top-p", "0.5"],
+            2,
+            "--top-p goes with a --temperature above 0",
+        ),
         (["mine", "--prompts-file", "none.txt"], 1, "no file 'none.txt' with prompts"),
         (["mine", "--prompts-file", "empty.txt"], 1, "'empty.txt' holds no prompt"),
         (

@@ -118,6 +118,16 @@ def test_collected_gradient_is_the_sum_over_micro_batches():
     assert not layer._forward_hooks
 
 
+def test_one_dimensional_and_named_inputs_are_collected():
+    layer = layer_of()
+    collector = GradientCollector([layer])
+    x, dy = torch.randn(16, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    layer(x).backward(dy)
+    layer(x=x).backward(dy)
+    collector.close()
+    torch.testing.assert_close(collector.gradients[layer], 2 * torch.outer(dy, x).float())
+
+
 def test_share_decays_along_half_a_cosine_and_ends():
     evolution = Evolution(interval=10, fraction=0.4, stop=0.5)
     shares = {step: evolution.share(step, 100) for step in range(100)}
@@ -131,8 +141,8 @@ def test_share_decays_along_half_a_cosine_and_ends():
     [
         ((0,), "interval=0 must be a whole number of optimizer steps, at least 1"),
         ((2.5,), "interval=2.5 must be a whole number"),
-        ((10, 0.0), r"fraction=0.0 is outside \(0, 1\]"),
-        ((10, 0.3, 1.5), r"stop=1.5 is outside \(0, 1\]"),
+        ((10, 0.0), r"fraction=0.0 is outside \(0, 1\], for example fraction=0.3"),
+        ((10, 0.3, 1.5), r"stop=1.5 is outside \(0, 1\], for example stop=0.75"),
     ],
 )
 def test_bad_settings_are_errors(arguments, text):

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import slope
@@ -342,3 +343,9 @@ def test_the_seam_alone_is_abstract_in_its_products_only():
     assert all(mask.all() for mask in layer.masks())
     with pytest.raises(NotImplementedError):
         layer(torch.randn(2, 8))
+
+
+def test_a_bias_that_is_no_parameter_is_refused():
+    linear = prune.random_unstructured(nn.Linear(16, 8), "bias", 0.5)
+    with pytest.raises(ValueError, match=r"a bias that is no Parameter.*prune\.remove\(layer, 'b"):
+        slope.PrunedLinear(linear, make_method(slope.SparsityConfig(method="dynamic-weight")))

@@ -72,3 +72,23 @@ def test_a_group_too_large_and_a_size_that_does_not_divide_are_errors():
         transposable_keep_mask(torch.randn(8, 8), slope.NMPattern(2, 8))
     with pytest.raises(ValueError, match="out_features=6 is not divisible by m=4"):
         transposable_keep_mask(torch.randn(6, 8), slope.NMPattern(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_infinite_weight_is_kept_and_the_rest_is_chosen_as_ever(dtype):
+    weight = torch.tensor(
+        [[9.0, 8.0, 1.0, 0.0], [7.0, 9.0, 0.0, 1.0], [0.0, 1.0, 9.0, 6.0], [1.0, 0.0, 5.0, 9.0]]
+    )
+    weight = weight.to(dtype)
+    expected = transposable_keep_mask(weight, slope.NMPattern(2, 4))
+    weight[0, 0], weight[3, 3] = math.inf, -math.inf
+    assert torch.equal(transposable_keep_mask(weight, slope.NMPattern(2, 4)), expected)
+    weight[0, 2] = math.inf
+    assert transposable_keep_mask(weight, slope.NMPattern(2, 4))[0].tolist() == [True, False] * 2
+
+
+def test_nan_is_refused():
+    weight = torch.randn(4, 4)
+    weight[1, 2] = math.nan
+    with pytest.raises(ValueError, match="the weight holds NaN"):
+        transposable_keep_mask(weight, slope.NMPattern(2, 4))

@@ -70,3 +70,19 @@ def test_no_batch_and_a_layer_that_is_not_called_are_errors(model):
         wanda_scores(model, layers(model), [])
     with pytest.raises(ValueError, match="layer 'other' was not called with the calibration"):
         wanda_scores(model, {"other": nn.Linear(8, 8)}, batches())
+
+
+@pytest.mark.parametrize(
+    ("calibration", "kind"), [([torch.ones(2, 8)], "Tensor"), ({"x": 1}, "str")]
+)
+def test_a_batch_that_is_no_mapping_is_refused(model, calibration, kind):
+    with pytest.raises(ValueError, match=f"a batch is a {kind}; each must be a mapping.*input_ids"):
+        slope.sparsify(model, slope.SparsityConfig(mask="wanda"), calibration)
+    assert type(model.first) is nn.Linear
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_one_dimensional_and_named_inputs_are_measured():
+    layer, x = nn.Linear(8, 8), torch.randn(8)
+    found = wanda_scores(layer, {"": layer}, [{"input": x}])
+    torch.testing.assert_close(found[""], x.abs())

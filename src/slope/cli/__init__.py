@@ -9,6 +9,7 @@ Ctrl-C.
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Letters that the terminal does not have must not make a finished command fail.
+        sys.stdout.reconfigure(errors="replace")
     if not arguments:
         _print_help(sys.stderr)
         return 2

@@ -23,6 +23,7 @@ overrides:
   key=value               one value, for example trainer.max_steps=1000 pruner.add_lora=True
   +key=value              a key that the configuration does not have
 """
+_LISTED = 10  # runs, of those there are, if one is not found
 
 
 def parser(command: str, about: str, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -98,16 +99,21 @@ def find_run(given: str) -> Path:
     """The folder of a run that is named by its name or its folder.
 
     Raises:
-        FileNotFoundError: if there are no metrics; the message lists the runs that there are.
+        FileNotFoundError: if there are no metrics; the message lists the newest runs, and asks for
+            one that is spelled almost so.
     """
     folders = [Path(given), Path("logs") / given]
     for folder in folders:
         if (folder / "metrics.csv").is_file():
             return folder
-    runs = sorted(path.parent.name for path in Path("logs").glob("*/metrics.csv"))
+    said = f"no metrics.csv in {' or '.join(map(str, folders))}"
+    tables = sorted(Path("logs").glob("*/metrics.csv"), key=lambda path: -path.stat().st_mtime)
+    if not tables:
+        raise FileNotFoundError(f"{said}; give a run's folder.")
+    runs = [path.parent.name for path in tables]
+    more = f" and {len(runs) - _LISTED} older ones" if len(runs) > _LISTED else ""
     raise FileNotFoundError(
-        f"no metrics.csv in {' or '.join(map(str, folders))}; "
-        + (f"runs under logs/: {', '.join(runs)}." if runs else "give a run's folder.")
+        f"{said}; runs under logs/: {', '.join(runs[:_LISTED])}{more}{did_you_mean(given, runs)}"
     )
 
 

@@ -35,11 +35,11 @@ def parse(arguments: list[str]) -> Namespace:
     add_source(parser, nargs="+")
     add = parser.add_argument
     add("--data", action="append", default=[], type=Path, metavar="FILE", help="may be repeated")
-    add("--text-field", default="text", metavar="NAME", help="of JSON lines; default: text")
+    add("--text-field", metavar="NAME", help="of JSON lines and parquet; default: text")
     add("--window", type=int, metavar="W", help="tokens seen at once; default: the context")
     add("--stride", type=int, metavar="S", help="from window to window; default: no overlap")
     add("--tasks", action="append", default=[], metavar="TASK,TASK", help="may be repeated")
-    add("--fewshot", type=int, default=0, metavar="N", help="solved examples; default: 0")
+    add("--fewshot", type=int, metavar="N", help="solved examples; default: 0")
     add("--limit", type=int, metavar="N", help="only the first examples of each task")
     add("--batch-size", type=int, default=8, metavar="N", help="windows at once; default: 8")
     add("--fold", action="store_true", help="make the model dense, adapters added into the weights")
@@ -53,6 +53,20 @@ def parse(arguments: list[str]) -> Namespace:
     options.tasks = [name for given in options.tasks for name in given.split(",") if name]
     if not options.data and not options.tasks:
         parser.error("give --data FILE or --tasks TASK")
+    for name in ("text_field", "window", "stride"):
+        if getattr(options, name) is not None and not options.data:
+            parser.error(f"--{name.replace('_', '-')} goes with --data: tasks do not use it")
+    for name in ("fewshot", "limit"):
+        if getattr(options, name) is not None and not options.tasks:
+            parser.error(f"--{name} goes with --tasks: files of --data have no examples")
+    if options.text_field is not None:
+        from slope.evaluation.heldout import has_fields
+
+        if not any(map(has_fields, options.data)):
+            parser.error(
+                f"--text-field {options.text_field} goes with JSON lines or parquet, and no FILE "
+                "of --data is any; leave it out"
+            )
     for name, least in (("window", 2), ("stride", 1), ("fewshot", 0), ("limit", 1),
                         ("batch_size", 1)):  # fmt: skip
         value = getattr(options, name)
@@ -64,6 +78,8 @@ def parse(arguments: list[str]) -> Namespace:
     for path in options.output:
         if path.suffix not in _FORMATS:
             parser.error(f"--output {path} must end in one of {', '.join(_FORMATS)}")
+    options.fewshot = options.fewshot or 0
+    options.text_field = "text" if options.text_field is None else options.text_field
     return options
 
 

@@ -68,6 +68,7 @@ def run(arguments: list[str]) -> int:
     from slope.export.folder import check_target
 
     # What would fail after the work fails before it, and before seconds of imports.
+    _check_parents(options.output)
     check_target(options.output, options.force)
 
     from slope.deploy import read_calibration
@@ -83,6 +84,15 @@ def run(arguments: list[str]) -> int:
     else:
         _print(facts, source, options)
     return 0
+
+
+def _check_parents(output: Path) -> None:
+    """See that no part of the path is a file: the system's own error does not say which one."""
+    for parent in output.resolve().parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(
+                f"'{parent}', a part of --output {output}, is a file; type another --output."
+            )
 
 
 def _prune(source: Any, options: Namespace, text: str | None) -> dict[str, Any]:

@@ -34,12 +34,12 @@ def parse(arguments: list[str]) -> Namespace:
     add = parser.add_argument
     add("--prompt", action="append", metavar="TEXT", help="may be given several times")
     add("--prompts-file", type=Path, metavar="FILE", help="a prompt per line; - is standard input")
-    add("--batch-size", type=int, default=8, metavar="N", help="prompts at once; default: 8")
+    add("--batch-size", type=int, metavar="N", help="of several prompts, at once; default: 8")
     add("--max-new-tokens", type=int, metavar="N",
         help="default: 128, or what the context leaves after the prompt")  # fmt: skip
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default: 0.8")
-    add("--top-k", type=int, default=50, metavar="K", help="0 means all tokens; default: 50")
-    add("--top-p", type=float, default=1.0, metavar="P", help="share of probability; default: 1")
+    add("--top-k", type=int, metavar="K", help="0 means all tokens; default: 50")
+    add("--top-p", type=float, metavar="P", help="share of probability; default: 1")
     add("--seed", type=int, default=0, metavar="N",
         help="of the draws, which depend on --batch-size too; default: 0")  # fmt: skip
     add("--fold", action="store_true", help="make the model dense, adapters added into the weights")
@@ -51,8 +51,18 @@ def parse(arguments: list[str]) -> Namespace:
         parser.error("give --prompt TEXT or --prompts-file FILE")
     if options.prompt is not None and options.prompts_file is not None:
         parser.error("give --prompt TEXT or --prompts-file FILE, not both")
-    if options.batch_size < 1:
+    for name in ("top_k", "top_p"):
+        if getattr(options, name) is not None and options.temperature == 0:
+            parser.error(
+                f"--{name.replace('_', '-')} goes with a --temperature above 0: with 0 the most "
+                "likely token is taken"
+            )
+    if options.batch_size is None:
+        options.batch_size = 8
+    elif options.batch_size < 1:
         parser.error(f"--batch-size {options.batch_size} must be at least 1")
+    elif len(options.prompt or ()) == 1:
+        parser.error("--batch-size goes with several prompts: give --prompt again, or leave it out")
     return options
 
 
@@ -64,8 +74,9 @@ def run(arguments: list[str]) -> int:
     from slope.deploy.generate import Sampling, batches, encode, generate
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    given = {name: getattr(options, name) for name in names}
     try:
-        sampling = Sampling(**{name: getattr(options, name) for name in names})
+        sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         return common.usage_error(error, options.traceback)
     source = open_source(options, training=False)

@@ -66,39 +66,48 @@ def run(arguments: list[str]) -> int:
     parser = common.parser(
         "inspect", "Report on the sparse layers of a checkpoint or a model.", _EPILOG
     )
-    parser.add_argument("what", nargs="+", metavar="CHECKPOINT|MODEL", help="see below")
+    parser.add_argument("what", metavar="CHECKPOINT|MODEL", help="see below")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="override", help="of a MODEL; see below"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--backend", action="store_true",
         help="who multiplies each shape on this machine, and why; measured on a GPU",
     )  # fmt: skip
     parser.add_argument(
-        "--tokens", type=int, default=8192, metavar="T",
+        "--tokens", type=int, metavar="T",
         help="per micro-batch, with --backend; default: 8192",
     )  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
 
-    if options.tokens < 1:
-        error = ValueError(f"--tokens {options.tokens} must be at least 1, for example 8192.")
+    if options.tokens is not None and not options.backend:
+        parser.error("--tokens goes with --backend, which measures products of so many tokens")
+    tokens = 8192 if options.tokens is None else options.tokens
+    if tokens < 1:
+        error = ValueError(f"--tokens {tokens} must be at least 1, for example 8192.")
         return common.usage_error(error, options.traceback)
-    first, *rest = options.what
-    path = _checkpoint(first)
+    path = _checkpoint(options.what)
     if path is not None:
-        if rest:
-            error = ValueError(f"{first} is a checkpoint, which takes no overrides: {rest[0]!r}.")
+        if options.overrides:
+            error = ValueError(
+                f"{options.what} is a checkpoint, which takes no overrides: "
+                f"{options.overrides[0]!r}; name {options.what} alone."
+            )
             return common.usage_error(error, options.traceback)
         found = _of_folder(path) if (path / "slope.json").is_file() else _of_run(path)
     else:
+        given = [options.what, *options.overrides]
         try:
-            found = _of_configuration(_compose(options.what), " ".join(options.what))
+            found = _of_configuration(_compose(given), " ".join(given))
         except ValueError as error:
             return common.usage_error(error, options.traceback)
-    paths = _paths(found, options.tokens) if options.backend else None
+    paths = _paths(found, tokens) if options.backend else None
     if options.json:
         print(common.as_json(_as_json(found) | ({"backend": paths} if paths else {})))
     else:
         _show(found)
-        _show_paths(paths or [], options.tokens)
+        _show_paths(paths or [], tokens)
     for name, broken in found.violations.items():
         print(f"slope: error: layer {name!r}: {'; '.join(broken)}.", file=sys.stderr)
     return 1 if found.violations else 0
@@ -128,6 +137,9 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _compose(given: list[str]) -> Any:
+    models = [text for text in given if "=" not in text]
+    if len(models) > 1:  # the last would win
+        raise ValueError(f"{' and '.join(models)} are several models; name one.")
     overrides = [text if "=" in text else f"model={text}" for text in given]
     keys = {text.partition("=")[0] for text in overrides}
     if not keys & {"experiment", "pruner", "pruner.pruned_matrix"}:
@@ -144,7 +156,8 @@ def _of_configuration(cfg: Any, source: str) -> _Inspected:
     from slope.training import pruner
 
     with torch.device("meta"):
-        model = build_model(cfg.model, _vocabulary(cfg), int(cfg.datamodule.max_length))
+        # Nothing is read, so that how long the data's sequences are does not matter.
+        model = build_model(cfg.model, _vocabulary(cfg), max_length=1)
         report = pruner.apply(cfg.pruner, model, choose_masks=False)
     return _Inspected(source, None, report or sparsity_report(model), weights=False)
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from slope.compare.plan import Comparison
@@ -287,15 +288,20 @@ def _diverged(result: MethodResult) -> str:
 
 
 def console_table(comparison: Comparison, results: Sequence[MethodResult]) -> Table:
-    """What is printed at the end, methods in order of their loss."""
-    table = Table(title=comparison.name)
-    table.add_column("method", no_wrap=True)
-    for head in ("val loss", f"over {comparison.baseline}", "perplexity", "step ms"):
-        table.add_column(head, justify="right", no_wrap=True)
+    """What is printed at the end, methods in order of their loss.
+
+    It is made for 80 columns: where it would be wider, cells are wrapped and lose no digit.
+    """
+    table = Table(title=comparison.name, box=SIMPLE, pad_edge=False, collapse_padding=True)
     columns = [column.label for column in comparison.columns]
-    for head in columns:
+    table.add_column("method", overflow="fold")
+    for head in ("val loss", f"over {comparison.baseline}"):
+        table.add_column(head, justify="right", overflow="fold")
+    for head in ("perplexity", "step ms"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("runs", min_width=4)
+    for head in columns:
+        table.add_column(head, justify="right", overflow="fold")
+    table.add_column("runs", overflow="fold")
     infinite = float("inf")
     for result in sorted(results, key=lambda r: r.val_loss.mean if r.val_loss else infinite):
         loss, difference, perplexity, step_ms, _ = _numbers(result)

@@ -74,12 +74,16 @@ def apart(model: nn.Module) -> Iterator[None]:
     that of one which stayed dense is added into the weight. If the block fails, all is as before.
     """
     adapters: dict[str, Adapter] = {}
+    hooks = []
     for name, layer in list(adapter_layers(model)):
         if isinstance(layer, AdaptedDense) and layer.adapter is not None:
             adapters[name], layer.adapter = layer.adapter, None
             linear = _dense(layer)
-            linear.register_forward_hook(
-                lambda _, inputs, y, term=adapters[name]: y + term(inputs[0])
+            # A sparse layer that takes the place of this one takes over the hook.
+            hooks.append(
+                linear.register_forward_hook(
+                    lambda _, inputs, y, term=adapters[name]: y + term(inputs[0])
+                )
             )
             model.set_submodule(name, linear)
     try:
@@ -87,6 +91,9 @@ def apart(model: nn.Module) -> Iterator[None]:
     except BaseException:
         attach(model, adapters)
         raise
+    finally:
+        for hook in hooks:
+            hook.remove()
     attach(model, adapters)
     for name in adapters:
         pruned = model.get_submodule(name)

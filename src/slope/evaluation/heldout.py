@@ -22,6 +22,7 @@ from torch import Tensor
 from slope.data.cache import UnusableCacheError, open_cache
 from slope.data.files import (
     COMPRESSIONS,
+    JSON_FORMATS,
     SEPARATOR,
     TEXT_FORMATS,
     find_files,
@@ -121,6 +122,16 @@ def read_held_out(path: Path, tokenizer: Any, text_field: str = "text") -> HeldO
     if not count:
         raise ValueError(f"'{path}' holds no text to evaluate on.")
     return HeldOut(torch.tensor(ids, dtype=torch.int64), count, size, end is not None)
+
+
+def has_fields(path: Path) -> bool:
+    """Whether a file's name is one of JSON lines or of a table, which keep text in a named field.
+
+    Example:
+        >>> has_fields(Path("val.jsonl.gz")), has_fields(Path("val.txt"))
+        (True, False)
+    """
+    return _kind(path) in (*JSON_FORMATS, ".parquet")
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -350,10 +361,15 @@ def score(
 
 def _documents(path: Path, text_field: str) -> Iterable[str]:
     (path,) = find_files([str(path)])
-    kinds = [kind for suffix in path.suffixes if (kind := suffix.lower()) not in COMPRESSIONS]
-    if kinds[-1] in TEXT_FORMATS:
+    if _kind(path) in TEXT_FORMATS:
         return read_text(path).split(SEPARATOR)
     return (document for document, _ in read_documents(path, text_field))
+
+
+def _kind(path: Path) -> str:
+    """A file's suffix, before that of a compression; of a name without one, nothing."""
+    kinds = [kind for suffix in path.suffixes if (kind := suffix.lower()) not in COMPRESSIONS]
+    return kinds[-1] if kinds else ""
 
 
 def _bytes(document: str, path: Path) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slope.backends import get_backend
 from slope.export.layout import (
     CONFIG_FILE,
     FORMAT,
@@ -28,6 +29,7 @@ from slope.export.layout import (
     layer_from,
 )
 from slope.export.save import sha256
+from slope.layers import carry_hooks
 from slope.linear import SlopeLinear, dense_weight
 from slope.methods import PrunedLinear
 
@@ -50,8 +52,9 @@ def load_pretrained(
     Args:
         directory: the exported folder.
         model: for a model that `transformers` does not know: an instance with the same layers,
-            dense or sparse, whose tensors are replaced; it may be on the meta device. Without it
-            the model is built from `config.json`.
+            dense or sparse, whose tensors are replaced; it may be on the meta device. What is
+            frozen in it stays frozen, and hooks stay. Without it the model is built from
+            `config.json`.
         device: where the tensors go.
         backend: who computes the products of the sparse layers.
         verify: read the weights at once and compare their SHA-256 with those of the export. Without
@@ -64,10 +67,13 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: if the folder or one of its files is missing.
+        RuntimeError: if torch has no such device.
         ValueError: if a file is damaged, foreign or of an unknown version, or does not fit the
-            model. `model` has not been changed then.
+            model, or the backend is unknown. `model` has not been changed then.
     """
     directory = Path(directory)
+    get_backend(backend)  # a name that is unknown is no damage of the file
+    _check_device(torch.device(device))
     description = read_description(directory)
     weights = Weights(directory, device)
     if verify:
@@ -93,6 +99,14 @@ def load_pretrained(
         setattr(model.get_submodule(parent), leaf, model.get_parameter(name))
     _move_the_rest(model, torch.device(device))
     return model.eval()
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"device='{device}' is not there: torch sees {torch.cuda.device_count()} GPUs; type "
+            "device='cpu', or 'cuda:0' where there is one."
+        )
 
 
 def read_description(directory: Path) -> dict[str, Any]:
@@ -457,6 +471,12 @@ def _layer_in(model: nn.Module, name: str, layer: SlopeLinear) -> nn.Module:
 
 
 def _put_layer(model: nn.Module, name: str, layer: SlopeLinear) -> None:
+    old = model.get_submodule(name)
+    carry_hooks(old, layer)
+    frozen = {key for key, parameter in old.named_parameters() if not parameter.requires_grad}
+    for key, parameter in layer.named_parameters():
+        # Its values are the weight of a dense layer.
+        parameter.requires_grad_(not frozen & {key, "weight" if key == "values" else key})
     if name:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)

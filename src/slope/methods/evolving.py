@@ -49,7 +49,8 @@ class Evolution:
         for name in ("fraction", "stop"):
             value = getattr(self, name)
             if not 0 < value <= 1:
-                raise ValueError(f"{name}={value} is outside (0, 1], for example {name}=0.3.")
+                example = getattr(Evolution, name)
+                raise ValueError(f"{name}={value} is outside (0, 1], for example {name}={example}.")
 
     def share(self, step: int, max_steps: int) -> float:
         """Share of the groups that swap in optimizer step ``step`` (from 0) of ``max_steps``."""
@@ -68,16 +69,25 @@ class GradientCollector:
 
     def __init__(self, layers: list[SlopeLinear]) -> None:
         self.gradients: dict[SlopeLinear, Tensor] = {}
-        self._hooks = [layer.register_forward_hook(self._watch) for layer in layers]
+        self._hooks = [
+            layer.register_forward_hook(self._watch, with_kwargs=True) for layer in layers
+        ]
 
-    def _watch(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _watch(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Tensor, ...],
+        named: dict[str, Tensor],
+        output: Tensor,
+    ) -> None:
         assert isinstance(layer, SlopeLinear)
         if not output.requires_grad:
             return
-        x_TI = inputs[0].detach().flatten(0, -2)
+        x = inputs[0] if inputs else named["x"]
+        x_TI = x.detach().reshape(-1, layer.in_features)
 
         def collect(dy: Tensor) -> None:
-            dy_TO = dy.flatten(0, -2)
+            dy_TO = dy.reshape(-1, layer.out_features)
             dw_OI = dy_TO.t() @ x_TI.to(dy.dtype)
             found = self.gradients.get(layer)
             self.gradients[layer] = dw_OI.float() if found is None else found + dw_OI.float()

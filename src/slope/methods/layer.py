@@ -31,7 +31,7 @@ class PrunedLinear(AdaptedLinear):
             last phase of FST). Not saved: a schedule sets it.
 
     Raises:
-        ValueError: if the pattern does not divide the layer.
+        ValueError: if the pattern does not divide the layer, or its bias is no parameter.
     """
 
     weight: nn.Parameter
@@ -47,6 +47,11 @@ class PrunedLinear(AdaptedLinear):
     ) -> None:
         super().__init__()
         weight = dense_weight(linear)
+        if linear.bias is not None and not isinstance(linear.bias, nn.Parameter):
+            raise ValueError(
+                "the layer has a bias that is no Parameter, which nobody could train; make it one, "
+                "or call torch.nn.utils.prune.remove(layer, 'bias') first."
+            )
         self.out_features, self.in_features = weight.shape
         self.pattern = NMPattern.parse(pattern)
         self.method = method
@@ -57,7 +62,7 @@ class PrunedLinear(AdaptedLinear):
         self.weight = nn.Parameter(
             weight.clone(memory_format=torch.contiguous_format), requires_grad=trained
         )
-        self.bias = linear.bias if isinstance(linear.bias, nn.Parameter) else None
+        self.bias = linear.bias
         self.adapter = None
         self.dense = False
         self.train(linear.training)

@@ -30,26 +30,35 @@ def wanda_scores(
         ‖X_j‖₂ per layer, (I,) float32, zero for a feature that was never active.
 
     Raises:
-        ValueError: if there is no batch, or a layer was not called.
+        ValueError: if there is no batch, one is no mapping, or a layer was not called.
     """
     squares: dict[str, Tensor] = {}
 
     def measure(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().flatten(0, -2).float()
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            (x,) = (*inputs, *named.values())  # Linear calls it input, Conv1D x
+            x = x.detach().reshape(-1, x.shape[-1]).float()
             found = squares.get(name)
             squares[name] = (x * x).sum(0) if found is None else found + (x * x).sum(0)
 
         return hook
 
     training = [module for module in model.modules() if module.training]
-    hooks = [layer.register_forward_pre_hook(measure(name)) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_pre_hook(measure(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     device = next(model.parameters()).device
     count = 0
     try:
         model.eval()
         for batch in batches:
             count += 1
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    f"a batch is a {type(batch).__name__}; each must be a mapping, for example "
+                    "{'input_ids': ids}."
+                )
             model(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
     finally:
         for hook in hooks:

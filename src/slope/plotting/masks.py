@@ -95,7 +95,8 @@ def _draw_layers(
         for layer in run.layers if look.alone else ():
             points = horizontal.points(run, column, layer)
             if points[0] and layer != TOTAL:
-                axis.plot(*points, color=colour, linewidth=0.7, alpha=0.35)
+                thin = {**panels.dot(points), "linewidth": 0.7, "alpha": 0.35}
+                axis.plot(*points, color=colour, **thin)
         points = horizontal.points(run, column, TOTAL)
         style = {**of_column, "linewidth": 1.5, "clip_on": False}  # a dot at 0 is whole
         if look.alone:
@@ -116,5 +117,6 @@ def _draw_lemma(axis: Axes, run: Run, horizontal: Horizontal) -> None:
             color="black",
             linestyle=":",
             linewidth=1.6,
+            marker="x" if len(expected) == 1 else None,
             label=f"input gradient by Lemma 2.1 ({100 * expected[-1][1]:.2f} %)",
         )

@@ -52,7 +52,7 @@ class Look:
         if not points[0]:
             return
         if self.alone:
-            axis.plot(*points, color=colour, label=label, **style)
+            axis.plot(*points, color=colour, label=label, **{**dot(points), **style})
             return
         # Few markers, and not at the same places for all runs.
         every = max(1, len(points[0]) // 8)
@@ -70,6 +70,11 @@ def looks(runs: Sequence[Run]) -> Shown:
         return [(runs[0], Look())]
     different = zip(cycle(_COLOURS), cycle(_MARKERS), strict=False)
     return [(run, Look(*look)) for run, look in zip(runs, different, strict=False)]
+
+
+def dot(points: Points) -> Mapping[str, Any]:
+    """The marker without which a line of one point is not seen; none for others."""
+    return DOT if len(points[0]) == 1 else {}
 
 
 def finish(
@@ -94,7 +99,10 @@ def finish(
     for axis in axes.flat:
         axis.grid(True, color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.set_major_locator(MaxNLocator(_TICKS, steps=[1, 2, 2.5, 5, 10]))
+        axis.xaxis.set_major_locator(
+            # With at least one tick: for two, a run of one step would get fractions after all.
+            MaxNLocator(_TICKS, steps=[1, 2, 2.5, 5, 10], integer=horizontal.whole, min_n_ticks=1)
+        )
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         if not axis.has_data():
             _say_not_measured(axis)

@@ -56,7 +56,7 @@ class Run:
     """The tables of one run.
 
     ``label`` tells it from the others of a picture; ``layers`` holds the rows of
-    ``diagnostics.csv`` by layer; ``summary`` is empty while the run goes on.
+    ``diagnostics.csv`` by layer; ``summary`` is empty while the run goes on, a resumed one too.
     """
 
     folder: Path
@@ -113,6 +113,8 @@ class Horizontal:
         farthest = max(places[-1] for _, places in self._known.values())
         unit = next(unit for unit in units if farthest >= unit.least)
         self.label, self._unit = unit.label, unit.size
+        self.whole = unit.size == 1 and self._name != "seconds"
+        """Whether the axis counts: a fraction on it means nothing."""
 
     def places(self, run: Run, steps: Sequence[float]) -> list[float]:
         """The steps of a run in units of the axis; between its rows, by interpolation."""
@@ -146,8 +148,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
     Raises:
         FileNotFoundError: if there is no ``metrics.csv``.
-        ValueError: if it holds no measured step, a table is no text, ``summary.json`` is broken, or
-            a run is named twice.
+        ValueError: if it holds no measured step, a table is no text or lacks a column,
+            ``summary.json`` is broken, or a run is named twice.
     """
     paths = [Path(folder) for folder in folders]
     return [_read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
@@ -171,25 +173,37 @@ def _read_run(folder: Path, label: str) -> Run:
         raise FileNotFoundError(
             f"no metrics at '{path}': give the folder of a run, logs/<name>, that has made a step."
         )
-    rows = _read_table(path)
+    rows = _read_table(path, "step", "train/loss")
     if not rows:
         raise ValueError(f"'{path}' holds no measured step yet; draw it when the run has made one.")
     layers: dict[str, Rows] = {}
     masks = folder / "diagnostics.csv"
-    for row in _read_table(masks) if masks.is_file() else []:
+    for row in _read_table(masks, "step", "layer") if masks.is_file() else []:
         layers.setdefault(row["layer"], []).append(row)
-    return Run(folder, label, rows, layers, _read_summary(folder / "summary.json"))
+    summary = _read_summary(folder / "summary.json")
+    steps = number(summary.get("steps"))
+    if steps is not None and steps < max(float(row["step"]) for row in rows):
+        summary = {}  # of the run as it was before it was resumed with more steps
+    return Run(folder, label, rows, layers, summary)
 
 
-def _read_table(path: Path) -> Rows:
+def _read_table(path: Path, *needed: str) -> Rows:
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if number(row.get("step")) is not None]
+            table = csv.DictReader(file)
+            missing = [name for name in needed if name not in (table.fieldnames or ())]
+            rows = [] if missing else [r for r in table if number(r["step"]) is not None]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"'{path}' is no table in UTF-8 ({error}); restore it from a copy of the run, or "
             "convert it with iconv if a spreadsheet wrote it."
         ) from error
+    if missing:
+        raise ValueError(
+            f"'{path}' is not the {path.stem} file of a run: it has no column "
+            f"{' and no '.join(missing)}; give the folder of a run, or restore it from a copy."
+        )
+    return rows
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -240,14 +254,14 @@ def exp(loss: float) -> float:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over a centred window of about 1/30 of the run: no lag, shorter at both ends."""
+    """Mean over a centred window of about 1/30 of the run: no lag but at both ends.
+
+    The ends cut off the half that lies beyond them, and no more: a window that shrank to one value
+    would end the curve in that value's noise.
+    """
     half = max(1, len(values) // 60)
-    smoothed = []
-    for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)
-        window = values[i - reach : i + reach + 1]
-        smoothed.append(sum(window) / len(window))
-    return smoothed
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _truth(text: Any) -> bool:

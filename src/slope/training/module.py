@@ -67,17 +67,32 @@ class LanguageModule(pl.LightningModule):
         if isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.shard(self.model)
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Of the optimizer."""
+        first, second = self._optimizer["betas"]
+        return first, second
+
+    @property
+    def eps(self) -> float:
+        """Of the optimizer."""
+        return float(self._optimizer["eps"])
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer is built over."""
+        settings = self._optimizer
+        return parameter_groups(
+            self.model, settings["weight_decay"], settings.get("decay_embeddings", False)
+        )
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer over the groups; no scheduler, the rates are set from the step."""
-        settings = self._optimizer
         return build_optimizer(
-            parameter_groups(
-                self.model, settings["weight_decay"], settings.get("decay_embeddings", False)
-            ),
-            settings["name"],
+            self.parameter_groups(),
+            self._optimizer["name"],
             self.rates.peak,
-            tuple(settings["betas"]),
-            settings["eps"],
+            self.betas,
+            self.eps,
             self._fused,
         )
 

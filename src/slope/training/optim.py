@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +194,24 @@ class LearningRates:
         for group in optimizer.param_groups:
             adapters = group.get("name") == "adapters"
             group["lr"] = self.adapters(step) if adapters else self.model(step)
+
+
+def with_options(
+    state: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    betas: tuple[float, float],
+    eps: float,
+) -> dict[str, Any]:
+    """Optimizer state with a run's own options, which loading would replace by those saved."""
+    decays = {group["name"]: group["weight_decay"] for group in groups}
+    changed = []
+    for group in state["param_groups"]:
+        decay = decays.get(group.get("name"), group["weight_decay"])
+        options = {"betas": betas, "eps": eps, "weight_decay": decay}
+        if "adam" in group:  # LAMB's, which is Adam where nothing decays
+            options["adam"] = decay == 0
+        changed.append({**group, **options})
+    return {**state, "param_groups": changed}
 
 
 def extend_optimizer_state(

@@ -23,7 +23,16 @@ from slope.data.pairs import Masking
 from slope.integrations.lightning import MaskCheck, SlopeCallback
 from slope.schedule import SlopeSchedule
 from slope.training import checkpoint as checkpoints
-from slope.training import diagnostics, evaluation, initial, pruner, rng, signature, strategies
+from slope.training import (
+    diagnostics,
+    evaluation,
+    folders,
+    initial,
+    pruner,
+    rng,
+    signature,
+    strategies,
+)
 from slope.training.hardware import Hardware, accumulation, hardware_of, is_first
 from slope.training.loop import Intervals, RunLoop
 from slope.training.masked import MaskedLanguageModule
@@ -59,7 +68,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     log_dir, directory = Path(cfg.paths.log_dir), Path(cfg.paths.checkpoint_dir)
     _check_settings(cfg, hardware)
     known = signature.config_signature(cfg)
-    found = _start_from(cfg, log_dir, directory, first)
+    found = folders.start_from(cfg, log_dir, directory, first)
     weights = None
     if found is not None:
         signature.check(found.content["slope"]["signature"], known, found.path, whole=False)
@@ -129,6 +138,8 @@ def _run(
     ) or slope.sparsity_report(model)
     log.info("%s", report.summary())
     schedule = pruner.schedule(cfg.pruner, max_steps, bool(slope.adapter_parameters(model)))
+    for sentence in pruner.never(schedule):
+        log.warning("%s", sentence)
     texts = evaluation.TextEvaluation.open(cfg, model, data.tokenizer)
 
     module = (MaskedLanguageModule if masked else LanguageModule)(
@@ -144,7 +155,7 @@ def _run(
     if masked:
         known["datamodule.masking"] = _plain(cfg.datamodule.masking)
     if found is not None:
-        _fit_to(found, known, module, model, accumulate, schedule)
+        _fit_to(found, known, module, accumulate, schedule)
 
     sharded = strategies.is_sharded(cfg, hardware.world_size)
     step = 0 if found is None else int(found.content["global_step"])
@@ -220,12 +231,6 @@ def _run(
         attend_causally(model)  # batches are packed, none is padded
         # the head of a masked model is called by itself
         (cast(Any, model).base_model if masked else model).compile()
-    if first:
-        # Only now: a run that could not begin leaves its name free.
-        _claim(cfg, log_dir, directory, found)
-        if masked:
-            # where `slope finetune` looks
-            write_text(directory / "tokenizer.json", tokenizer["json"])
     if in_parts:
         strategies.save_in_parts(trainer.strategy)
     if trainer.world_size > 1:
@@ -234,6 +239,12 @@ def _run(
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     with _no_cache(model), contextlib.ExitStack() as tables:
         if first:
+            tables.enter_context(folders.held(cfg, log_dir))
+            # Only now: a run that could not begin leaves its name free.
+            folders.claim(cfg, log_dir, directory, found)
+            if masked:
+                # where `slope finetune` looks
+                write_text(directory / "tokenizer.json", tokenizer["json"])
             columns = COLUMNS if texts is None else (*COLUMNS, *texts.columns)
             metrics = MetricsFile(log_dir / "metrics.csv", step, columns)
             loop.metrics = tables.enter_context(metrics)
@@ -242,7 +253,12 @@ def _run(
                 masks = diagnostics.MaskDiagnostics.open(cfg, step, schedule, model)
             if masks is not None:
                 loop.diagnostics = tables.enter_context(masks)
-        trainer.fit(module, batches, ckpt_path=None if found is None else str(found.path))
+        try:
+            trainer.fit(module, batches, ckpt_path=None if found is None else str(found.path))
+        except Exception:
+            if first and found is None and trainer.global_step == 0:
+                folders.release(log_dir, directory)
+            raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not first:
@@ -357,52 +373,10 @@ def _calibration(cfg: DictConfig, data: Any) -> Iterable[dict[str, Tensor]] | No
     )
 
 
-def _start_from(
-    cfg: DictConfig, log_dir: Path, directory: Path, first: bool
-) -> checkpoints.Found | None:
-    """The checkpoint to go on from; None for a run that starts at step 0."""
-    step = None if int(cfg.resume_iter) < 0 else int(cfg.resume_iter)
-    if not cfg.resume:
-        if step is not None:
-            raise ValueError(f"resume_iter={step} needs resume=True.")
-        if first and _files_of_run(log_dir, directory):
-            raise ValueError(
-                f"run {cfg.name!r} exists already ({_files_of_run(log_dir, directory)[0]}); type "
-                "resume=True to go on with it, or another name= for a new run."
-            )
-        return None
-    found = checkpoints.find(directory, step)
-    if found is not None:
-        return found
-    files = _files_of_run(log_dir, directory)
-    if first and files and not (directory / checkpoints.UNSAVED).exists():
-        raise ValueError(
-            f"resume=True, but {directory} holds no checkpoint while other files of run "
-            f"{cfg.name!r} exist ({', '.join(str(path) for path in files[:3])}); put its "
-            "checkpoint back, or choose another name= for a new run."
-        )
-    return None
-
-
-def _files_of_run(log_dir: Path, directory: Path) -> list[Path]:
-    inside = sorted(directory.iterdir()) if directory.is_dir() else []
-    logs = [log_dir / name for name in ("metrics.csv", "summary.json")]
-    return inside + [path for path in logs if path.exists()]
-
-
-def _claim(
-    cfg: DictConfig, log_dir: Path, directory: Path, found: checkpoints.Found | None
-) -> None:
-    """Make the folder of a run's checkpoints and write down its configuration."""
-    checkpoints.claim(directory, fresh=found is None)
-    write_text(log_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-
-
 def _fit_to(
     found: checkpoints.Found,
     known: dict[str, Any],
     module: LanguageModule,
-    model: nn.Module,
     accumulate: int,
     schedule: SlopeSchedule,
 ) -> None:
@@ -414,22 +388,29 @@ def _fit_to(
     if step > max_steps:
         raise ValueError(
             f"checkpoint {found.path} is at step {step}, beyond trainer.max_steps={max_steps}; "
-            f"type trainer.max_steps={step} or more, or resume_iter=<an earlier step>."
+            f"type trainer.max_steps={step} or more{_or_earlier(found, max_steps)}."
         )
     began = content["slope"]["state"]["adapters_started_at_step"]
     if began is not None and began < step < schedule.start_step and schedule.lora_start is not None:
         raise ValueError(
             f"the adapters of checkpoint {found.path} are trained since step {began}, but with "
             f"trainer.max_steps={max_steps} they would sleep until step {schedule.start_step}, and "
-            "the model would lose what they add; type pruner.lora_lazy=False to keep them active, "
-            f"or resume_iter=<a step up to {began}>."
+            "the model would lose what they add; type pruner.lora_lazy=False to keep them active"
+            f"{_or_earlier(found, began)}."
         )
-    if signature.adapt(content, module, model):
+    if signature.adapt(content, module):
         log.info("the checkpoint has no adapters; they join at their start, untrained.")
     signature.set_position(content, step * accumulate)
     if rank_zero_only.rank == 0:
         checkpoints.complete(found)
     log.info("going on from step %d of %d (%s).", step, max_steps, found.path)
+
+
+def _or_earlier(found: checkpoints.Found, most: int) -> str:
+    """The checkpoint to go back to, if one of at most so many steps was kept."""
+    steps = [checkpoints.step_of(path) for path in checkpoints.saved(found.path.parent)]
+    kept = [step for step in steps if step is not None and step <= most]
+    return f", or resume_iter={max(kept)}" if kept else ""
 
 
 def _rates(cfg: DictConfig, schedule: SlopeSchedule) -> LearningRates:
@@ -446,6 +427,13 @@ def _rates(cfg: DictConfig, schedule: SlopeSchedule) -> LearningRates:
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = round(float(settings.warmup_ratio) * max_steps)
+    if warmup >= max_steps:
+        log.warning(
+            "the learning rate never leaves its warm-up of %d steps in a run of %d; type a smaller "
+            "train.scheduler.warmup_steps or warmup_ratio.",
+            warmup,
+            max_steps,
+        )
     peak = float(cfg.train.optimizer.lr)
     lora = cfg.pruner.lora_lr
     return LearningRates(

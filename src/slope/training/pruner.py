@@ -162,6 +162,11 @@ def check_pruner(cfg: Mapping[str, Any], device_type: str | None = None) -> bool
         _check_adapters(cfg)
     if cfg["accelerate"]:
         _check_accelerate(cfg, settings, device_type)
+    elif device_type == "cpu" and settings.compressed and settings.backend not in ("auto", "dense"):
+        raise ValueError(
+            f"pruner.backend={settings.backend} needs a GPU, and this run is on the CPU; choose "
+            "pruner.backend=auto, or trainer.accelerator=gpu on a machine with one."
+        )
     return True
 
 
@@ -194,6 +199,33 @@ def schedule(cfg: Mapping[str, Any], max_steps: int, adapters: bool = True) -> S
         )
     except ValueError as error:
         raise ValueError(in_our_words(str(error))) from error
+
+
+def never(schedule: SlopeSchedule) -> list[str]:
+    """What was asked for and has no step in a run that is so short, as sentences for the log."""
+    steps, found = schedule.max_steps, []
+    start = schedule.lora_start
+    if start is not None and start < 1 and schedule.start_step >= steps:
+        earlier = math.floor((steps - 1) / steps * 100) / 100
+        found.append(
+            f"the adapters never start, since pruner.lora_start={start} of {steps} steps is past "
+            f"the last one; type {f'pruner.lora_start={earlier}, ' if earlier else ''}"
+            "pruner.lora_lazy=False to have them from step 0, or pruner.add_lora=False."
+        )
+    dense = schedule.dense_start
+    if dense is not None and dense < 1 and schedule.dense_step >= steps:
+        found.append(
+            f"the dense last phase never starts, since pruner.dense_start={dense} of {steps} steps "
+            "is past the last one; type a smaller share, or pruner.dense_start=null."
+        )
+    evolution = schedule.evolution
+    if evolution is not None and not evolution.share(evolution.interval, steps):
+        found.append(
+            f"the mask never evolves: the first swap would be in step {evolution.interval}, and it "
+            f"is fixed after {evolution.stop} of {steps} steps; type a smaller "
+            "pruner.evolve_interval."
+        )
+    return found
 
 
 def put_to_work(model: nn.Module, schedule: SlopeSchedule, steps: int) -> None:
@@ -279,7 +311,10 @@ def _check_pattern(pattern: Any) -> None:
             f"pruner.pattern={pattern} is a number; YAML reads 2:4 as 124, so write it in quotes: "
             'pattern: "2:4".'
         )
-    NMPattern.parse(pattern)
+    try:
+        NMPattern.parse(pattern)
+    except ValueError as error:
+        raise ValueError(in_our_words(str(error))) from error
 
 
 def _is_number(value: Any) -> bool:
@@ -287,9 +322,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_percent(percent: Any) -> None:
-    if not _is_number(percent) or not 0 < percent < 100:
+    if not _is_number(percent) or not 1 <= percent < 100:
         raise ValueError(
-            f"pruner.unstructured_mask_sparsity={percent} is outside (0, 100); it is the "
+            f"pruner.unstructured_mask_sparsity={percent} is outside [1, 100); it is the "
             "percentage of zeros, for example pruner.unstructured_mask_sparsity=60."
         )
 
@@ -458,7 +493,7 @@ def _obstacle(
 
 
 def _rank(rank: Any) -> int | float:
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+    if not _is_number(rank):
         raise ValueError(f"pruner.lora_rank={rank!r} must be a number, for example 16 or 0.0156.")
     if rank == 0:
         raise ValueError(

@@ -11,16 +11,18 @@ from torch import nn
 from slope.layers import adapted_layers
 from slope.linear import AdaptedLinear
 from slope.methods import PrunedLinear
-from slope.training.optim import extend_optimizer_state, parameter_groups
+from slope.training.module import LanguageModule
+from slope.training.optim import extend_optimizer_state, with_options
 from slope.training.pruner import PRUNED_MATRIX
 
 _RANK = "adapter rank of "
 _MUST_MATCH = ("model.", "datamodule.max_length", "vocabulary", "pattern of ", "method of ", _RANK)
+_SAME_RUN = ("train.optimizer.name", "train.optimizer.decay_embeddings", "seed", "data")
 _CHOICES_OF_A_METHOD = ("reduction_dim", "prune_backward")
 
 
 def config_signature(cfg: Any) -> dict[str, Any]:
-    """The part that is known before the data: model, sequence length, initial weights, pruner.
+    """The part that is known before the data: model, initial weights, pruner, how it is trained.
 
     The ``pruner`` section is there whole: ``init_from`` rebuilds the layers of a checkpoint by it.
     """
@@ -36,7 +38,16 @@ def config_signature(cfg: Any) -> dict[str, Any]:
     section = OmegaConf.to_container(cfg.pruner, resolve=True)
     assert isinstance(section, dict)
     section["pruned_matrix"] = PRUNED_MATRIX[str(section["pruned_matrix"]).lower()]
-    return signature | {f"pruner.{key}": value for key, value in sorted(section.items())}
+    signature |= {f"pruner.{key}": value for key, value in sorted(section.items())}
+    for part in ("optimizer", "scheduler"):
+        section = OmegaConf.to_container(cfg.train[part], resolve=True)
+        assert isinstance(section, dict)
+        signature |= {f"train.{part}.{key}": value for key, value in sorted(section.items())}
+    if signature["train.optimizer.name"] == "adamw-zero":
+        signature["train.optimizer.name"] = "adamw"  # the same state, shared out
+    for key in ("precision", "gradient_clip_val"):
+        signature[f"trainer.{key}"] = cfg.trainer[key]
+    return signature
 
 
 def model_signature(model: nn.Module, vocab_size: int) -> dict[str, Any]:
@@ -73,7 +84,7 @@ def check(saved: Mapping[str, Any], here: Mapping[str, Any], path: Path, whole: 
         whole: compare keys that only one side has, too.
 
     Returns:
-        Differences that may be wanted (data, seed, batch), as sentences for the log.
+        Differences that may be wanted (rates, batch), as sentences for the log.
 
     Raises:
         ValueError: if the checkpoint cannot continue in this run, naming the differences.
@@ -81,17 +92,22 @@ def check(saved: Mapping[str, Any], here: Mapping[str, Any], path: Path, whole: 
     keys = sorted(set(saved) | set(here) if whole else set(saved) & set(here), key=_order)
     late = whole and not any(key.startswith(_RANK) for key in saved)
     fatal: list[str] = []
+    other: list[str] = []
     mild: list[str] = []
     for key in keys:
         before, now = saved.get(key), here.get(key)
         if before == now or (late and key.startswith(_RANK)):
             continue
         text = f"{key} is {_say(before)} in it and {_say(now)} here"
-        (fatal if key.startswith(_MUST_MATCH) else mild).append(text)
-    if fatal:
-        more = f", and {len(fatal) - 3} more" if len(fatal) > 3 else ""
+        if key == "data":
+            text = "corpus, split or tokenizer are not those that it has seen"
+        same_run = key in _SAME_RUN and key in saved
+        (fatal if key.startswith(_MUST_MATCH) else other if same_run else mild).append(text)
+    if fatal or other:
+        what, found = ("model", fatal) if fatal else ("run", other)
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
-            f"checkpoint {path} is of another model: {'; '.join(fatal[:3])}{more}. Type the "
+            f"checkpoint {path} is of another {what}: {'; '.join(found[:3])}{more}. Type the "
             "settings that the run was started with, or another name= for a new run."
         )
     return mild
@@ -106,25 +122,28 @@ def _say(value: Any) -> str:
     return "absent" if value is None else repr(value) if isinstance(value, str) else str(value)
 
 
-def adapt(content: dict[str, Any], module: nn.Module, model: nn.Module) -> bool:
-    """Give the checkpoint of a run without adapters those of ``model``, untrained.
+def adapt(content: dict[str, Any], module: LanguageModule) -> bool:
+    """Give a checkpoint this run's options of the optimizer, and its adapters where it has none.
 
-    They were drawn from generators of their own, so it does not matter when. The optimizer gets a
-    group without state for them, as if they had slept from step 0.
+    The adapters are untrained: they were drawn from generators of their own, so it does not matter
+    when. The optimizer gets a group without state for them, as if they had slept from step 0.
 
     Returns:
         True if the checkpoint had none and the model has.
     """
+    groups = module.parameter_groups()
+    states = [
+        with_options(saved, groups, module.betas, module.eps)
+        for saved in content["optimizer_states"]
+    ]
+    content["optimizer_states"] = states
     state = content["state_dict"]
     own = module.state_dict()
     names = [name for name in own if ".adapter." in name and name not in state]
     if not names:
         return False
     state.update({name: own[name].detach().clone() for name in names})
-    groups = parameter_groups(model, 0.0)
-    content["optimizer_states"] = [
-        extend_optimizer_state(saved, groups) for saved in content["optimizer_states"]
-    ]
+    content["optimizer_states"] = [extend_optimizer_state(saved, groups) for saved in states]
     return True
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,9 @@ def finish(
 
         pictures = [file for file in plot_run(log_dir) if file.suffix == ".png"]
         written |= zip(("curves", "mask curves"), pictures, strict=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The run is complete: letters that the terminal does not have must not make it fail.
+        sys.stdout.reconfigure(errors="replace")
     show_summary(summary, str(report), written, text)
     return summary
 
