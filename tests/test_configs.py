@@ -12,6 +12,7 @@ from omegaconf.errors import ConfigAttributeError
 
 import slope
 from slope import configs
+from slope.configs import ranges
 from slope.models import build_model, structure
 from slope.training.pruner import sparsity_config
 
@@ -152,12 +153,12 @@ def test_values_keep_their_kind() -> None:
     cfg = configs.compose(
         ["trainer.max_steps=4e5", "name=2024", "pruner.lora_rank=0.0156", "trainer.precision=16",
          "trainer.devices=auto", "pruner.rules=[['*.mlp.*','2:8']]", "pruner.pattern=1:4",
-         "train.optimizer.lr=1", "datamodule.data_files=[a.txt,b.txt]", "~plot"]
+         "train.optimizer.lr=1", "datamodule.data_files=[a.txt,b.txt]", "~model.config.attn_pdrop"]
     )  # fmt: skip
     assert (cfg.trainer.max_steps, type(cfg.trainer.max_steps)) == (400_000, int)
     assert (cfg.name, cfg.pruner.lora_rank, cfg.pruner.pattern) == ("2024", 0.0156, "1:4")
     assert cfg.pruner.rules == [["*.mlp.*", "2:8"]]
-    assert "plot" not in cfg
+    assert "attn_pdrop" not in cfg.model.config
     cfg = configs.compose(
         ['pruner.sparsity_increment="0,12,-1"', "pruner.dense_start=0.75", "pruner.lora_scale=2",
          "pruner.srste_decay=6e-6", "pruner.unstructured_mask_sparsity=12.5", "init_from=a/b.ckpt"]
@@ -195,7 +196,7 @@ def test_values_keep_their_kind() -> None:
         ("pruner.mvue=1", r"pruner.mvue must be True or False"),
         ("pruner=sr-st", r"no pruner of that name; did you mean pruner=sr-ste\?"),
         ("train.optimizer=adamw", r"is a section, not a value.*train.optimizer.lr"),
-        ("train.optimizer.lr=0", r"train.optimizer.lr=0 must be a number above 0"),
+        ("train.optimizer.lr=0", r"train.optimizer.lr=0 must be a finite number above 0"),
         ("datamodule.batch_size=-1", r"datamodule.batch_size=-1 must be .* at least 1"),
         ("logger=tensorbord", r"logger='tensorbord' is unknown; choose one of csv, tensorboard"),
         ("name=../up", r"name='../up' cannot be a folder's name"),
@@ -206,11 +207,92 @@ def test_values_keep_their_kind() -> None:
         ("datamodule=text", r"datamodule.data_files must be given; add datamodule.data_files=\.\."),
         ("paths.root=${nothing}", r"nothing"),
         ("+seed=3", r"seed"),
+        ("pruner.foo=1", r"unknown key 'pruner.foo'\. "),
+        ("pruner.seed=1", r"did you mean 'pruner.mask_seed'\?"),
+        ("trainer.lr=1", r"did you mean 'train.optimizer.lr'\?"),
+        ("pruner.sparsity_increment=null", r'for example pruner.sparsity_increment=""\.$'),
+        ("~pruner", r"^'~pruner': only what is inside compare .*; type pruner=<one of .*, none, "),
+        ("~train.optimizer", r"^'~train.optimizer': only .*; type train.optimizer=<a value>\.$"),
+        ("~plot", r"since every run reads the rest; type plot=<a value>"),
     ],
 )
 def test_mistake_is_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configs.compose([override])
+
+
+@pytest.mark.parametrize("name", ["1e5", "007", "1.50", "2024", "0x10", "1_000"])
+def test_a_name_is_taken_as_it_was_typed(name: str) -> None:
+    cfg = configs.compose([f"name={name}"])
+    assert (cfg.name, cfg.paths.log_dir) == (name, f"./logs/{name}")
+
+
+POLYNOMIAL = "scheduler=polynomial_warmup"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.gradient_clip_val=-1", r"null or a finite number above 0; .*null to clip not"),
+        ("trainer.gradient_clip_val=0", r"must be null or a finite number above 0"),
+        ("trainer.gradient_clip_val=nan", r"must be null or a finite number above 0"),
+        ("trainer.gradient_clip_val=inf", r"must be null or a finite number above 0"),
+        ("train.scheduler.min_lr_ratio=-0.1", r"must be a number from 0 to 1; type train.sched"),
+        ("train.scheduler.min_lr_ratio=2", r"min_lr_ratio=2 must be a number from 0 to 1"),
+        ("train.scheduler.warmup_ratio=-0.1", r"must be a number from 0 to 1"),
+        ("train.scheduler.warmup_ratio=nan", r"warmup_ratio=nan must be a number from 0 to 1"),
+        ("train.scheduler.warmup_steps=-1", r"null or a whole number of at least 0; .*=null for"),
+        ("train.scheduler.degree=-1", r"degree=-1 must be a finite number of at least 0"),
+        ("train.optimizer.weight_decay=-0.1", r"must be a finite number of at least 0"),
+        ("train.optimizer.weight_decay=inf", r"weight_decay=inf must be a finite number"),
+        ("train.optimizer.betas=[0.9]", r"\[0.9\] must be two numbers of at least 0 and below 1"),
+        ("train.optimizer.betas=[0.9,1]", r"must be two numbers of at least 0 and below 1"),
+        ("train.optimizer.betas=[-0.1,0.9]", r"type 'train.optimizer.betas=\[0.9,0.999\]'"),
+        ("train.optimizer.betas=[a,0.9]", r"must be two numbers of at least 0 and below 1"),
+        ("train.optimizer.eps=0", r"eps=0 must be a finite number above 0; type .*=1e-8"),
+        ("train.optimizer.eps=nan", r"eps=nan must be a finite number above 0"),
+        ("train.optimizer.lr=inf", r"lr=inf must be a finite number above 0"),
+        ("callbacks.checkpoint.every_n_steps=-1", r"at least 0; .*=1000, or 0 for the last step"),
+        ("callbacks.checkpoint.progress_every_n_steps=-1", r"at least 0; .*=10000, or 0 for none"),
+        ("callbacks.checkpoint.save_top_k=-1", r"0 for none; .*progress_every_n_steps .* is all"),
+        ("pruner.lora_rank=nan", r"pruner.lora_rank=nan must be a finite number; type .*=16"),
+        ("pruner.lora_rank=inf", r"pruner.lora_rank=inf must be a finite number"),
+        ("seed=-1", r"seed=-1 must be a whole number of at least 0 .*; type seed=1111"),
+        (f"seed={10**20}", rf"seed={10**20} must be .* at most {2**63 - 1}"),
+        (f"datamodule.val_split_seed={10**50}", rf"must be .* at most {2**63 - 1}; .*=2357"),
+        (f"trainer.max_steps={10**21}", rf"must be .* at most {10**12}; type trainer.max_steps="),
+        ("trainer.limit_val_batches=0", r"at least 1; .*=null for .*; trainer.val_check_interval="),
+        ("trainer.limit_val_batches=-1", r"must be null or a whole number of at least 1"),
+        ("generate.max_new_tokens=0", r"must be a whole number of at least 1; type generate.max_n"),
+    ],
+)
+def test_a_number_outside_its_range_is_refused(override: str, message: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}=.* must be .*; type ") as caught:
+        configs.compose([POLYNOMIAL, override])
+    assert re.search(message, str(caught.value))
+
+
+def test_the_ends_of_the_ranges_are_allowed() -> None:
+    cfg = configs.compose(
+        [POLYNOMIAL, "trainer.gradient_clip_val=null", "train.scheduler.min_lr_ratio=1",
+         "train.scheduler.warmup_ratio=0", "train.scheduler.warmup_steps=0",
+         "train.scheduler.degree=0", "train.optimizer.weight_decay=0",
+         "train.optimizer.betas=[0,0.5]", "callbacks.checkpoint.every_n_steps=0",
+         "callbacks.checkpoint.save_top_k=0", "pruner.lora_rank=0", "seed=0",
+         "trainer.max_steps=1", "trainer.limit_val_batches=1", "generate.max_new_tokens=1"]
+    )  # fmt: skip
+    assert cfg.trainer.gradient_clip_val is None
+    assert configs.compose([f"seed={2**63 - 1}"]).seed == 2**63 - 1
+
+
+def test_every_range_is_of_a_key_that_exists() -> None:
+    cfg = configs.compose([POLYNOMIAL])
+    absent = object()
+    missing = [
+        key for key in ranges._RANGES if OmegaConf.select(cfg, key, default=absent) is absent
+    ]
+    assert not missing
 
 
 def test_every_group_is_listed() -> None:

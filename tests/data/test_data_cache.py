@@ -263,7 +263,7 @@ def test_full_disk_names_folder_and_bytes_and_loses_nothing(settings, monkeypatc
 
     monkeypatch.setattr(tokenise._SplitFile, "write", full)
     other = {**settings, "tokenizer": "bpe:280"}
-    with pytest.raises(OSError, match=r"no space left in '.*cache' after \d+ bytes") as caught:
+    with pytest.raises(OSError, match=r"^no space left in '.*cache' after \d+ bytes") as caught:
         prepare(other, progress=False)
     assert caught.value.errno == errno.ENOSPC
     assert "needs about" in str(caught.value) and "datamodule.cache_dir=" in str(caught.value)
@@ -280,15 +280,23 @@ def test_too_little_space_is_found_before_the_work(settings, tmp_path, monkeypat
     settings = {**settings, "data_files": str(plain)}
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(cache, "write_splits", None)
-    with pytest.raises(OSError, match=r"needs at least \d+ bytes and '.*cache' has 1000 free"):
+    with pytest.raises(
+        OSError, match=r"^the token cache needs at least \d+ bytes and '.*cache' has 1000 free"
+    ):
         prepare(settings, progress=False)
 
 
-def test_cache_folder_that_cannot_be_made(settings, tmp_path):
+def test_cache_folder_that_cannot_be_made(settings, tmp_path, monkeypatch):
     blocker = tmp_path / "file"
     blocker.write_text("")
     with pytest.raises(OSError, match=r"cannot write a token cache in .* datamodule.cache_dir="):
         prepare({**settings, "cache_dir": str(blocker / "cache")}, progress=False)
+    monkeypatch.setattr(hashes, "_REST_NS", -1)  # as if the corpus were older: hashes are kept
+    with pytest.raises(
+        OSError, match=r"^cannot write a .*/file' \(it is a file\); type "
+    ) as caught:
+        prepare({**settings, "cache_dir": str(blocker)}, progress=False)
+    assert caught.value.errno == errno.EEXIST
 
 
 def test_equal_documents_stay_on_one_side(tmp_path):

@@ -15,8 +15,9 @@ from data_helpers import config, documents, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slope.data import DataConfig, HubSource, corpora, files, prepare
+from slope.data import DataConfig, HubSource, corpora, files, pairs, prepare, ready_tokenizer
 from slope.data import tokenizer as tokenizers_of_slope
+from slope.data.pairs import Masking
 from slope.data.tokenizer import load_tokenizer
 
 COMPRESS = {
@@ -168,10 +169,33 @@ def test_corpus_shorter_than_one_sequence(tmp_path):
         prepare(config(tmp_path, [path], max_length=64, val_ratio=1e-6), progress=False)
     length = int(re.search(r"max_length=(\d+)\.$", str(caught.value))[1])
     assert prepare(config(tmp_path, [path], max_length=length, val_ratio=1e-6), progress=False)
+    with pytest.raises(ValueError, match=r"val_ratio=0.9999999 leaves none of the 12 documents"):
+        prepare(config(tmp_path, [path], val_ratio=0.9999999), progress=False)
+    long = write_jsonl(tmp_path / "long.jsonl", documents(40, words=30))
+    with pytest.raises(
+        ValueError, match=r"val_ratio=0.9 leaves \d+ of \d+ tokens.*type a smaller one, .*ratio=0.1"
+    ):
+        prepare(config(tmp_path, [long], max_length=700, val_ratio=0.9), progress=False)
     one = tmp_path / "one.txt"
     one.write_text("just one short document")
     with pytest.raises(ValueError, match=r"too short: 1 document\(s\), \d+ tokens"):
         prepare(config(tmp_path, [one]), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        (1e-9, r"^the split 'val' .* holds 1 document\(s\) .*val_ratio=<a larger share than now>"),
+        (0.77, r"^the split 'train' .* holds 1 document\(s\) .*val_ratio=<a smaller share than"),
+    ],
+)
+def test_a_split_of_one_document_gives_no_pairs(tmp_path, ratio, text):
+    path = write_jsonl(tmp_path / "data.jsonl", documents(20))
+    data = prepare(
+        config(tmp_path, [path], tokenizer="wordpiece:300", val_ratio=ratio), progress=False
+    )
+    with pytest.raises(ValueError, match=text):
+        pairs(data, Masking(0.15, 2, False))
 
 
 def test_folders_and_globs(tmp_path):
@@ -181,6 +205,23 @@ def test_folders_and_globs(tmp_path):
     (tmp_path / "deep" / "notes.pdf").write_text("x")
     assert files.find_files([str(tmp_path / "deep"), str(b), str(b)]) == (a, b)
     assert files.find_files([str(tmp_path / "**" / "*.jsonl")]) == (b, a)
+
+
+def test_a_folder_is_read_without_its_hidden_folders(tmp_path, monkeypatch):
+    hidden = tmp_path / ".slope-cache" / "deep"
+    hidden.mkdir(parents=True)
+    a, b = write_jsonl(tmp_path / "a.jsonl", ["a"]), write_jsonl(hidden / "b.jsonl", ["b"])
+    assert files.find_files([str(tmp_path)]) == (a,)
+    assert files.find_files([str(hidden.parent)]) == (b,)
+    monkeypatch.chdir(tmp_path)
+    assert files.find_files(["."]) == (Path("a.jsonl"),)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch, name):
+    write_jsonl(tmp_path / "a.jsonl", documents())
+    monkeypatch.chdir(tmp_path)
+    fails(tmp_path, [name], ValueError, f"data_files='{name}' is empty .* or . for all files below")
 
 
 @given(
@@ -246,6 +287,9 @@ def test_wrong_tokenizer_paths(tmp_path, corpus):
     folder = tmp_path / "empty"
     folder.mkdir()
     fails(tmp_path, [corpus], ValueError, "holds no tokenizer", tokenizer=str(folder))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^folder '.*empty' holds no tokenizer \(.*\); type "):
+        ready_tokenizer({"tokenizer": str(folder)})
     plain = tmp_path / "plain.json"
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(plain))
     fails(

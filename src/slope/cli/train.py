@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
+from typing import TYPE_CHECKING
 
 from slope import configs
 from slope.cli import common
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 ABOUT = "pretrain a model"
 _EPILOG = f"""\
@@ -29,7 +34,18 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--json", action="store_true", help="print JSON; all else goes to standard error"
     )
+    # Hydra's options, for those who know them from the authors' program.
+    parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
+    if options.multirun:
+        return common.fail(
+            "one command is one run, so there is no --multirun; repeat it in the shell: for seed "
+            "in 1 2; do slope train ... seed=$seed name=run-$seed; done. `slope compare` does it "
+            "for methods and seeds: slope compare experiment=compare/small 'compare.seeds=[1,2]'.",
+            2,
+        )
+    if options.cfg and "job" in options.overrides:
+        options.overrides.remove("job")  # Hydra's --cfg job
     if not options.overrides:
         several = configs.comparisons()
         listed = ", ".join(name for name in configs.choices("experiment") if name not in several)
@@ -54,6 +70,7 @@ def run(arguments: list[str]) -> int:
             chosen = [o.partition("=")[2] for o in options.overrides if o.startswith("experiment=")]
             experiment = chosen[-1] if chosen else "none"
             print(f"slope: train experiment={experiment} name={cfg.name}", flush=True)
+            _warn(cfg)
 
         from slope.training import run as train
 
@@ -62,3 +79,18 @@ def run(arguments: list[str]) -> int:
         folders = {"run": cfg.paths.log_dir, "checkpoints": cfg.paths.checkpoint_dir}
         print(common.as_json({**folders, "summary": summary}))
     return 130 if summary.get("interrupted") else 0
+
+
+def _warn(cfg: DictConfig) -> None:
+    """Say what is allowed and seldom meant."""
+    settings, steps = cfg.train.scheduler, cfg.trainer.max_steps
+    warmup = settings.warmup_steps
+    key = "warmup_ratio" if warmup is None else "warmup_steps"
+    if warmup is None:
+        warmup = round(settings.warmup_ratio * steps)
+    if warmup >= steps:
+        print(
+            f"slope: warning: train.scheduler.{key}={settings[key]} warms up for {warmup} steps, "
+            f"and trainer.max_steps={steps}: the learning rate only rises.",
+            file=sys.stderr,
+        )

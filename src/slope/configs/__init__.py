@@ -8,24 +8,23 @@ heavy is imported: neither torch nor Lightning nor transformers.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slope.spelling import did_you_mean
+from slope.configs import ranges
+from slope.spelling import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 _FOLDER = Path(__file__).parent
-_LOGGERS = ("csv", "tensorboard", "wandb", "none")
 # Keys whose value may be of another kind than the default's.
 _KINDS: dict[str, tuple[type, ...]] = {
-    "name": (str, int),
+    "name": (str,),
     "init_from": (str, int, type(None)),
     "pruner.pruned_matrix": (str, type(None)),
     "pruner.unstructured_mask_sparsity": (int, float),
@@ -50,17 +49,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "callbacks.evaluation.stride": (int, type(None)),
     "callbacks.evaluation.batch_size": (int, type(None)),
 }
-_AT_LEAST = {
-    "train.global_batch_size": 1,
-    "datamodule.batch_size": 1,
-    "datamodule.batch_size_eval": 1,
-    "datamodule.max_length": 2,  # one token to read, one to predict
-    "trainer.num_nodes": 1,
-    "trainer.max_steps": 1,
-    "trainer.val_check_interval": 1,
-    "trainer.log_every_n_steps": 1,
-    "trainer.check_masks_every_n_steps": 0,
-}
+# What may be taken out: a comparison reads what is left, and a model has its defaults.
+_OPEN = ("compare", "model.config")
 
 
 def groups() -> list[str]:
@@ -118,6 +108,8 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
             _check_choice(override)
             structural.append(override)
         elif override.is_add() or override.is_force_add() or override.is_delete():
+            if override.is_delete():
+                _check_delete(override)
             structural.append(override)
         else:
             changes.append(override)
@@ -133,7 +125,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         OmegaConf.to_container(cfg, resolve=True)  # an interpolation that leads nowhere raises
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(" ".join(str(error).split())) from error
-    _check_ranges(cfg)
+    ranges.check(cfg)
     return cfg
 
 
@@ -187,6 +179,18 @@ def _check_choice(override: Override) -> None:
     )
 
 
+def _check_delete(override: Override) -> None:
+    """Whatever the program reads by its name has to stay."""
+    key = override.key_or_group
+    if key == "experiment" or any(key.startswith(f"{section}.") for section in _OPEN):
+        return
+    value = f"one of {', '.join(choices(key))}" if key in groups() else "a value"
+    raise ValueError(
+        f"{override.input_line!r}: only what is inside {' or '.join(_OPEN)} can be taken out, "
+        f"since every run reads the rest; type {key}=<{value}>."
+    )
+
+
 def _known_keys(cfg: DictConfig) -> set[str]:
     from omegaconf import DictConfig
 
@@ -210,9 +214,8 @@ def _check_value(cfg: DictConfig, known: set[str], override: Override) -> Any:
     key, value = override.key_or_group, override.value()
     if key not in known:
         raise ValueError(
-            f"{override.input_line!r}: unknown key {key!r}"
-            f"{did_you_mean(key, known | set(groups()))} (`slope train --help` lists the options; "
-            f"a key of your own takes a plus: +{key}=...)"
+            f"{override.input_line!r}: unknown key {key!r}{_known_key_like(key, known)} "
+            f"(`slope train --help` lists the options; a key of your own takes a plus: +{key}=...)"
         )
     parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
     node = parent._get_node(key.rpartition(".")[2])
@@ -226,6 +229,8 @@ def _check_value(cfg: DictConfig, known: set[str], override: Override) -> Any:
         )
     if isinstance(value, str) and "${" in value:
         return value
+    if key == "name" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(override.input_line).partition("=")[2].strip()  # 1e5 may be the name of a commit
     default = None if node._is_missing() else OmegaConf.select(cfg, key)
     kinds = _KINDS.get(key) or _kinds_like(default)
     if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
@@ -239,6 +244,17 @@ def _check_value(cfg: DictConfig, known: set[str], override: Override) -> Any:
             + (f", for example {key}={_show(default)}." if default is not None else ".")
         )
     return value
+
+
+def _known_key_like(key: str, known: set[str]) -> str:
+    """A question where a key is near: in the section that was named, or of that name elsewhere."""
+    section, _, name = key.rpartition(".")
+    inside = [other[len(section) + 1 :] for other in known if other.startswith(f"{section}.")]
+    if not inside:
+        return did_you_mean(key, known | set(groups()))
+    if nearest(name, inside) is not None:
+        return did_you_mean(name, inside, f"'{section}.{{}}'")
+    return did_you_mean(name, (other for other in known if other.rpartition(".")[2] == name))
 
 
 _KIND_NAMES = {
@@ -270,7 +286,7 @@ def _kinds_like(default: Any) -> tuple[type, ...]:
 def _show(value: Any) -> str:
     from omegaconf import ListConfig
 
-    return str(list(value)) if isinstance(value, ListConfig) else str(value)
+    return str(list(value)) if isinstance(value, ListConfig) else str(value) or '""'
 
 
 def _run_name(name: Any, parsed: Sequence[Override]) -> str:
@@ -294,17 +310,3 @@ def _check_complete(cfg: DictConfig) -> None:
         raise ValueError(
             f"{', '.join(missing)} must be given; add {' '.join(f'{key}=...' for key in missing)}."
         )
-
-
-def _check_ranges(cfg: DictConfig) -> None:
-    from omegaconf import OmegaConf
-
-    for key, least in _AT_LEAST.items():
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{key}={value} must be a whole number of at least {least}.")
-    lr = cfg.train.optimizer.lr
-    if not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr <= 0:
-        raise ValueError(f"train.optimizer.lr={lr} must be a number above 0.")
-    if cfg.logger not in _LOGGERS:
-        raise ValueError(f"logger={cfg.logger!r} is unknown; choose one of {', '.join(_LOGGERS)}.")

@@ -242,7 +242,7 @@ def _new_folder(directory: Path, bar: TokenProgress) -> Iterator[Path]:
             raise
         written = sum(path.stat().st_size for path in folder.iterdir())
         needed = int(written / bar.fraction) if bar.fraction else 2 * written
-        raise OSError(
+        raise _error(
             error.errno,
             f"no space left in '{directory.parent}' after {written} bytes of a token cache "
             f"({error.strerror}); the whole needs about {needed} bytes. The unfinished cache was "
@@ -254,11 +254,19 @@ def _new_folder(directory: Path, bar: TokenProgress) -> Iterator[Path]:
 
 
 def _not_writable(error: OSError, directory: Path) -> OSError:
-    return OSError(
+    why = "it is a file" if directory.is_file() else error.strerror
+    return _error(
         error.errno,
-        f"cannot write a token cache in '{directory}' ({error.strerror}); "
+        f"cannot write a token cache in '{directory}' ({why}); "
         "type datamodule.cache_dir=<a folder that you may write to>.",
     )
+
+
+def _error(number: int | None, text: str) -> OSError:
+    """A system error whose text does not begin with its number."""
+    error = OSError(text)
+    error.errno = number
+    return error
 
 
 def _require_space(directory: Path, corpus: Corpus, config: DataConfig, itemsize: int) -> None:
@@ -268,7 +276,7 @@ def _require_space(directory: Path, corpus: Corpus, config: DataConfig, itemsize
     needed = corpus.text_bytes // _MAX_BYTES_PER_TOKEN * itemsize
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise OSError(
+        raise _error(
             errno.ENOSPC,
             f"the token cache needs at least {needed} bytes and '{directory}' has {free} free; "
             "free some space, or type datamodule.cache_dir=/a/larger/disk.",
@@ -280,6 +288,11 @@ def _require_both_splits(splits: dict[str, dict[str, Any]], config: DataConfig) 
         return
     documents = sum(entry["documents"] for entry in splits.values())
     tokens = sum(entry["tokens"] for entry in splits.values())
+    if documents > 1:  # one is always held out, so that it is the training split that is empty
+        raise ValueError(
+            f"val_ratio={config.val_ratio} leaves none of the {documents} documents to train on; "
+            "type a smaller one, for example datamodule.val_ratio=0.1."
+        )
     raise ValueError(
         f"the corpus is too short: {documents} document(s), {tokens} tokens; training and "
         f"validation (val_ratio={config.val_ratio}) need a document each. Give more text; in "

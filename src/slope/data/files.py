@@ -52,15 +52,22 @@ def read_utf8(path: Path) -> str:
 def find_files(patterns: Iterable[str]) -> tuple[Path, ...]:
     """Turn paths, folders and globs into files, in order and each once.
 
+    Of a folder, what lies in folders whose names begin with a dot is left out.
+
     Raises:
         FileNotFoundError: if one of them matches nothing.
-        ValueError: if a file is empty or its extension is unknown.
+        ValueError: if one of them, or a file, is empty, or an extension is unknown.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
+        if not pattern.strip():  # Path("") would be the folder we are in
+            raise ValueError(
+                f"datamodule.data_files={pattern!r} is empty (a shell variable that is not set?); "
+                "type a path, folder or glob, or . for all files below this folder."
+            )
         path = Path(pattern).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and _known(p))
+            inside = sorted(p for p in path.rglob("*") if _visible(p, path) and _known(p))
             if not inside:
                 raise FileNotFoundError(
                     f"folder '{pattern}' holds no data file ({EXTENSIONS}); "
@@ -90,6 +97,12 @@ def find_files(patterns: Iterable[str]) -> tuple[Path, ...]:
                 "write it again or take it out of datamodule.data_files."
             )
     return tuple(found)
+
+
+def _visible(path: Path, folder: Path) -> bool:
+    """Whether it is a file of the folder and not of a hidden one in it, such as .slope-cache."""
+    between = path.relative_to(folder).parts[:-1]
+    return not any(name.startswith(".") for name in between) and path.is_file()
 
 
 def _kind(path: Path) -> tuple[str, str]:

@@ -7,6 +7,7 @@ time). The change time cannot be set back by hand, so an edit is never missed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -77,5 +78,6 @@ def _save(path: Path, index: dict[str, list[int | str]]) -> None:
         temporary.write_text(json.dumps(index), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be a file
+            temporary.unlink(missing_ok=True)
         _log.debug("cannot remember file hashes in '%s': %s", path, error)

@@ -170,9 +170,11 @@ class PairDataset:
         # piece number of each document's first piece, and their number at the end
         self._first = np.concatenate(([0], np.cumsum(-(-(self._ends - self._starts) // room))))
         if len(self._starts) < 2:
+            other = "larger" if tokens.path.stem == "val" else "smaller"
             raise ValueError(
-                f"{tokens!r} holds {len(self._starts)} document(s) of two tokens or more, and "
-                "pairs are made of two; give more text, or raise datamodule.val_ratio."
+                f"the split '{tokens.path.stem}' of the corpus holds {len(self._starts)} "
+                "document(s) of two tokens or more, and BERT's pairs are made of two; give more "
+                f"documents, or type datamodule.val_ratio=<a {other} share than now>."
             )
 
     def __len__(self) -> int:

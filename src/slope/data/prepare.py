@@ -117,6 +117,12 @@ def pairs(data: TokenData, masking: Masking) -> TokenData:
 def _require_sequences(cache: TokenCache, settings: DataConfig) -> None:
     length = settings.max_length
     tokens = {name: entry["tokens"] for name, entry in cache.meta["splits"].items()}
+    if tokens["train"] < length < tokens["val"]:
+        raise ValueError(
+            f"val_ratio={settings.val_ratio} leaves {tokens['train']} of "
+            f"{sum(tokens.values())} tokens to train on, fewer than one sequence of "
+            f"max_length={length}; type a smaller one, for example datamodule.val_ratio=0.1."
+        )
     if tokens["train"] < length:
         raise ValueError(
             f"the corpus is too short: its training split holds {tokens['train']} tokens, fewer "

@@ -84,13 +84,7 @@ def tokenizer_identity(config: DataConfig) -> dict[str, Any]:
         return {"kind": "wordpiece", "vocab_size": wordpiece.wordpiece_vocab_size(spec), **eos}
     path = _existing(spec)
     if path.is_dir():
-        files = [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
-        if not files:
-            raise ValueError(
-                f"folder '{path}' holds no tokenizer (looked for {', '.join(_TOKENIZER_FILES[:2])} "
-                "and older kinds); type datamodule.tokenizer=<file or folder with tokenizer.json>."
-            )
-        return {"kind": "folder", "hash": _hash(files), **eos}
+        return {"kind": "folder", "hash": _hash(_files_in(path)), **eos}
     return {"kind": "file", "hash": _hash([path]), **eos}
 
 
@@ -280,6 +274,16 @@ def _existing(spec: str) -> Path:
     return path
 
 
+def _files_in(folder: Path) -> list[Path]:
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        raise ValueError(
+            f"folder '{folder}' holds no tokenizer (looked for {', '.join(_TOKENIZER_FILES[:2])} "
+            "and older kinds); type datamodule.tokenizer=<file or folder with tokenizer.json>."
+        )
+    return files
+
+
 def _from_path(path: Path, eos_token: str | None) -> LoadedTokenizer:
     if path.is_dir():
         backend, roles = _from_folder(path)
@@ -313,11 +317,13 @@ def _from_path(path: Path, eos_token: str | None) -> LoadedTokenizer:
 def _from_folder(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     from transformers import AutoTokenizer
 
+    _files_in(path)  # of a folder without any, transformers speaks of the hub
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"transformers cannot read a tokenizer from folder '{path}' ({error}); "
+            f"transformers cannot read a tokenizer from folder '{path}' ({reason}); "
             "type datamodule.tokenizer=<folder written by save_pretrained, or a tokenizer.json>."
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
