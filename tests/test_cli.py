@@ -53,23 +53,6 @@ def test_train_calls_the_program(runs: list[Any], capsys: pytest.CaptureFixture[
     assert (cfg.name, cfg.trainer.max_steps) == ("first", 3)
 
 
-@pytest.mark.parametrize(
-    ("override", "warned"),
-    [
-        ("train.scheduler.warmup_steps=4", "warmup_steps=4 warms up for 4 steps, and trainer.max_"),
-        ("train.scheduler.warmup_ratio=1", "warmup_ratio=1 warms up for 4 steps, and trainer.max_"),
-        ("train.scheduler.warmup_steps=3", ""),
-    ],
-)
-def test_a_warm_up_that_never_ends_is_said(
-    override: str, warned: str, runs: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["train", "experiment=smoke", "trainer.max_steps=4", override]) == 0
-    said = capsys.readouterr().err
-    assert warned in said if warned else not said
-    assert len(runs) == 1
-
-
 def test_only_the_first_process_speaks(
     runs: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -673,17 +673,18 @@ def test_frozen_values_move_into_the_operand_of_a_backend_and_stay_the_same():
         assert backend.made == 2
 
 
+class Marking(DenseBackend):
+    """Its outputs are shifted where it was handed an operand."""
+
+    def share_operand(self, weight):
+        return weight.values.detach().flatten()
+
+    def forward(self, x, weight, bias, operands=None, adapter=None):
+        y = super().forward(x, weight, bias, operands, adapter)
+        return y if weight.packed is None else y + 1
+
+
 def test_a_compiled_graph_takes_the_operand_that_eager_mode_made():
-    class Marking(DenseBackend):
-        """Its outputs are shifted where it was handed an operand."""
-
-        def share_operand(self, weight):
-            return weight.values.detach().flatten()
-
-        def forward(self, x, weight, bias, operands=None, adapter=None):
-            y = super().forward(x, weight, bias, operands, adapter)
-            return y if weight.packed is None else y + 1
-
     layer = slope.SlopeLinear(32, 16).requires_grad_(False)
     layer._backend = Marking()
     x, compiled = torch.randn(3, 32), torch.compile(layer, backend="eager")
@@ -819,14 +820,6 @@ def test_what_cannot_be_converted():
 
 
 def test_no_operand_is_made_while_a_graph_is_captured(monkeypatch):
-    class Marking(DenseBackend):
-        def share_operand(self, weight):
-            return weight.values.detach().flatten()
-
-        def forward(self, x, weight, bias, operands=None, adapter=None):
-            y = super().forward(x, weight, bias, operands, adapter)
-            return y if weight.packed is None else y + 1
-
     layer = slope.SlopeLinear(32, 16).requires_grad_(False)
     layer._backend, x = Marking(), torch.randn(3, 32)
     with torch.no_grad():

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from typing import TYPE_CHECKING
 
 from slope import configs
 from slope.cli import common
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 ABOUT = "pretrain a model"
 _EPILOG = f"""\
@@ -70,7 +66,6 @@ def run(arguments: list[str]) -> int:
             chosen = [o.partition("=")[2] for o in options.overrides if o.startswith("experiment=")]
             experiment = chosen[-1] if chosen else "none"
             print(f"slope: train experiment={experiment} name={cfg.name}", flush=True)
-            _warn(cfg)
 
         from slope.training import run as train
 
@@ -79,18 +74,3 @@ def run(arguments: list[str]) -> int:
         folders = {"run": cfg.paths.log_dir, "checkpoints": cfg.paths.checkpoint_dir}
         print(common.as_json({**folders, "summary": summary}))
     return 130 if summary.get("interrupted") else 0
-
-
-def _warn(cfg: DictConfig) -> None:
-    """Say what is allowed and seldom meant."""
-    settings, steps = cfg.train.scheduler, cfg.trainer.max_steps
-    warmup = settings.warmup_steps
-    key = "warmup_ratio" if warmup is None else "warmup_steps"
-    if warmup is None:
-        warmup = round(settings.warmup_ratio * steps)
-    if warmup >= steps:
-        print(
-            f"slope: warning: train.scheduler.{key}={settings[key]} warms up for {warmup} steps, "
-            f"and trainer.max_steps={steps}: the learning rate only rises.",
-            file=sys.stderr,
-        )
