@@ -174,7 +174,7 @@ def test_wrong_setting_of_one_method_is_found_before_any_run(smoke, tmp_path, ca
              "'pruner.lora_rank=999']"]  # fmt: skip
     assert cli.main(["compare", *words]) == 1
     said = capsys.readouterr()
-    assert "slope: error: method 'slope': adapter rank 999 does not fit" in said.err
+    assert "slope: error: method 'slope': pruner.lora_rank=999 does not fit" in said.err
     assert "Traceback" not in said.err
     assert not list(tmp_path.glob("logs/*/*/seed*/config.yaml"))
 
