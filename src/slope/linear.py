@@ -318,15 +318,11 @@ class SlopeLinear(AdaptedLinear):
                 no parameter.
         """
         weight = dense_weight(linear)
-        if linear.bias is not None and not isinstance(linear.bias, nn.Parameter):
-            raise ValueError(
-                "the layer has a bias that is no Parameter, which nobody could train; make it one, "
-                "or call torch.nn.utils.prune.remove(layer, 'bias') first."
-            )
+        bias = trained_bias(linear)
         layer = cls(
             weight.shape[1],
             weight.shape[0],
-            bias=linear.bias is not None,
+            bias=bias is not None,
             pattern=pattern,
             column_mask_interval=column_mask_interval,
             backend=backend,
@@ -336,8 +332,8 @@ class SlopeLinear(AdaptedLinear):
         )
         layer.origin = type(linear).__name__
         layer.train(linear.training)
-        if linear.bias is not None:
-            layer.bias = linear.bias
+        if bias is not None:
+            layer.bias = bias
         if weight.device.type != "meta":
             layer.to_empty_sparse(weight.device)
             layer.set_dense(
@@ -583,6 +579,20 @@ def dense_weight(linear: nn.Module) -> Tensor:
             "transformers."
         )
     return weight.detach().t() if type(linear).__name__ == "Conv1D" else weight.detach()
+
+
+def trained_bias(linear: nn.Module) -> nn.Parameter | None:
+    """The bias of a dense layer, or None if it has none.
+
+    Raises:
+        ValueError: if it is a buffer or computed.
+    """
+    if linear.bias is not None and not isinstance(linear.bias, nn.Parameter):
+        raise ValueError(
+            "the layer has a bias that is no Parameter, which nobody could train; make it one, "
+            "or call torch.nn.utils.prune.remove(layer, 'bias') first."
+        )
+    return linear.bias
 
 
 def _captured(tensor: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slope.linear import AdaptedLinear, check_divides, dense_weight
+from slope.linear import AdaptedLinear, check_divides, dense_weight, trained_bias
 from slope.methods.base import Method, pruned_linear
 from slope.pattern import NMPattern
 
@@ -47,11 +47,6 @@ class PrunedLinear(AdaptedLinear):
     ) -> None:
         super().__init__()
         weight = dense_weight(linear)
-        if linear.bias is not None and not isinstance(linear.bias, nn.Parameter):
-            raise ValueError(
-                "the layer has a bias that is no Parameter, which nobody could train; make it one, "
-                "or call torch.nn.utils.prune.remove(layer, 'bias') first."
-            )
         self.out_features, self.in_features = weight.shape
         self.pattern = NMPattern.parse(pattern)
         self.method = method
@@ -62,7 +57,7 @@ class PrunedLinear(AdaptedLinear):
         self.weight = nn.Parameter(
             weight.clone(memory_format=torch.contiguous_format), requires_grad=trained
         )
-        self.bias = linear.bias
+        self.bias = trained_bias(linear)
         self.adapter = None
         self.dense = False
         self.train(linear.training)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +111,6 @@ def finish(
 
         pictures = [file for file in plot_run(log_dir) if file.suffix == ".png"]
         written |= zip(("curves", "mask curves"), pictures, strict=False)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # The run is complete: letters that the terminal does not have must not make it fail.
-        sys.stdout.reconfigure(errors="replace")
     show_summary(summary, str(report), written, text)
     return summary
 
