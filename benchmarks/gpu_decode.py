@@ -8,7 +8,7 @@ Each contender is one CUDA graph over as many layers as do not fit into the L2 c
 weights come from memory as in a model. Contenders take turns; a line has medians and the 10th to
 90th percentile of each speed-up. With ``--cuts`` every cut is checked, timed once, and the best
 few take turns with the others; they are named by token_tiles, row_tiles, row_warps, column_warps,
-stages / splits, and with an adapter / low splits.
+stages, g for wgmma / splits, and with an adapter / low splits.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ CUTS = {
         (1, 4, 2, 4),
     ),
 }  # fmt: skip
+# The same for wgmma.
+GROUPED = ((1, 4, 2, 3), (1, 4, 4, 2), (2, 4, 2, 2), (2, 4, 2, 3), (1, 4, 1, 4), (2, 4, 1, 4), (1, 8, 1, 4))
+GROUPED_TILES = (2, 4, 8)
 SPLITS = (1, 2, 3, 4, 6, 8)
 LOW_SPLITS = (2, 4, 8, 16)
 
@@ -95,6 +98,8 @@ def cuts_of(token_tiles: int) -> list[MmaLaunch]:
     """The candidates that fit into shared memory."""
     tiles = next(most for most in CUTS if token_tiles <= most)
     cuts = [MmaLaunch(tiles, *cut, 0) for cut in CUTS[tiles]]
+    if tiles in GROUPED_TILES and torch.cuda.get_device_capability() == (9, 0):
+        cuts += [MmaLaunch(tiles, *cut, 0, grouped=True) for cut in GROUPED]
     return [cut for cut in cuts if cut.shared <= decoding_mma._shared_memory(0)]
 
 
@@ -110,7 +115,7 @@ def candidates(
             continue
         if blocks < 40 and splits < min(SPLITS[-1], steps):
             continue
-        name = f"{''.join(map(str, cut[:5]))}/{splits}"
+        name = f"{''.join(map(str, cut[:5]))}{'g' * cut.grouped}/{splits}"
         if not rank:
             yield name, functools.partial(decode_mma, launch=cut, splits=splits)
             continue

@@ -6,11 +6,13 @@
 //   WM, WK  warps of a block along the outputs and along the inputs
 //   STAGES  steps in flight
 //   BF16    1 for bf16, 0 for fp16
+//   GROUPED 1 for wgmma: four warps along the outputs share X, which the tensor cores then read
+//           out of shared memory themselves (sm_90a)
 //
 // A block owns ROWS outputs and walks over the inputs in steps of STEP bytes of a row of A, which is
 // W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared memory in the
 // order of global memory; a chunk of 16 bytes is swapped with others of its row, so that ldmatrix
-// meets no bank twice. The inputs may be split among the blocks of a cluster, which then add their
+// meets no bank twice. wgmma wants X in columns of 128 bytes, each swapped alike. The inputs may be split among the blocks of a cluster, which then add their
 // sums out of each other's shared memory. mma.sp wants for its 16 x 32 tile 32 bits of metadata of
 // every row: lane 4 g + h gives half h of row g below, of row g + 8 above, as they stand in memory.
 
@@ -58,8 +60,9 @@ __device__ __forceinline__ void copy(u32 to, const char* from, bool inside) {
 }
 
 // This thread's part of a tile of ROWS_ rows, WIDTH bytes of which belong to a step; PITCH bytes
-// lie between rows in shared memory. A pass of all threads copies DOWN rows.
-template <int BYTES, int WIDTH, int ROWS_, int PITCH>
+// lie between rows in shared memory, and SPAN bytes of a row together. A pass of all threads copies
+// DOWN rows.
+template <int BYTES, int WIDTH, int ROWS_, int PITCH, int SPAN = PITCH>
 struct Tile {
     static constexpr int ACROSS = WIDTH / BYTES;
     static constexpr int DOWN = THREADS / ACROSS;
@@ -76,7 +79,9 @@ struct Tile {
         stride = DOWN * pitch;
         columns = bytes - begin - BYTES * across;
         rows = rows_ - row - first;
-        to = at + first * PITCH + BYTES * (BYTES == 16 ? across ^ (first & 7) : across);
+        constexpr int TOGETHER = SPAN / BYTES;
+        to = at + across / TOGETHER * (ROWS_ * PITCH) + first * PITCH +
+             BYTES * (BYTES == 16 ? across % TOGETHER ^ (first & 7) : across % TOGETHER);
     }
 
     __device__ __forceinline__ void fetch(u32 stage) {
@@ -133,6 +138,56 @@ __device__ __forceinline__ void multiply_dense(float (&d)[4], const u32 (&a)[4],
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+#if GROUPED
+// The tile of all tokens at an address, K beside K in 128 bytes, rows swapped by eights.
+__device__ __forceinline__ u64 descriptor(u32 at) {
+    return static_cast<u64>((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#define SUMS4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#if NT == 1
+#define TOKENS_TEXT "8"
+#define SUMS_TEXT "{%0, %1, %2, %3}"
+#define SUMS SUMS4(0)
+#define A_TEXT "{%4, %5, %6, %7}, %8"
+#define METADATA_TEXT "%9"
+#elif NT == 2
+#define TOKENS_TEXT "16"
+#define SUMS_TEXT "{%0, %1, %2, %3, %4, %5, %6, %7}"
+#define SUMS SUMS4(0), SUMS4(1)
+#define A_TEXT "{%8, %9, %10, %11}, %12"
+#define METADATA_TEXT "%13"
+#elif NT == 4
+#define TOKENS_TEXT "32"
+#define SUMS_TEXT "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define SUMS SUMS4(0), SUMS4(1), SUMS4(2), SUMS4(3)
+#define A_TEXT "{%16, %17, %18, %19}, %20"
+#define METADATA_TEXT "%21"
+#elif NT == 8
+#define TOKENS_TEXT "64"
+#define SUMS_TEXT "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define SUMS SUMS4(0), SUMS4(1), SUMS4(2), SUMS4(3), SUMS4(4), SUMS4(5), SUMS4(6), SUMS4(7)
+#define A_TEXT "{%32, %33, %34, %35}, %36"
+#define METADATA_TEXT "%37"
+#endif
+
+__device__ __forceinline__ void group_sparse(float (&d)[NT][4], const u32 (&a)[4], u64 b,
+                                             u32 metadata) {
+    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" TOKENS_TEXT "k32.f32." KIND "." KIND
+                 " " SUMS_TEXT ", " A_TEXT ", " METADATA_TEXT ", 0, 1, 1, 1, 0;"
+                 : SUMS
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata));
+}
+
+__device__ __forceinline__ void group_dense(float (&d)[NT][4], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" TOKENS_TEXT "k16.f32." KIND "." KIND
+                 " " SUMS_TEXT ", " A_TEXT ", 1, 1, 1, 0;"
+                 : SUMS
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#endif
 
 __device__ __forceinline__ float to_float(u16 bits) {
     float number;
@@ -212,9 +267,6 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = warp % WM * 16 * MT, wk = warp / WM;
     const u32 at_a = stage + (row + lane % 16) * STEP + 128 * wk + 16 * (lane / 16 ^ lane % 8);
-    const int chunk = SPARSE ? lane / 8 : lane / 8 % 2;
-    const u32 at_x = stage + A_BYTES + lane % 8 * 2 * STEP + (SPARSE ? 256 : 128) * wk +
-                     16 * (chunk ^ lane % 8);
     const u32 at_e = stage + A_BYTES + X_BYTES + (row + lane / 4) * (STEP / 8) + 16 * wk;
     u32 lower[MT][4], upper[MT][4];
     if (SPARSE) {
@@ -225,6 +277,34 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
         }
     }
     const u32 half = lane & 1 ? 0x7632 : 0x5410;
+#if GROUPED
+    const u32 columns_at = stage + A_BYTES + (SPARSE ? 2 : 1) * wk * (128 * TOKENS);
+    u32 each[4][MT][4], places[4][MT];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            load4(each[k][m], (at_a ^ 32 * k) + 16 * m * STEP);
+            // Beyond the last column there are zeros, whose places must be in order too.
+            places[k][m] = !SPARSE || 32 * k >= columns ? 0x44444444
+                                                       : __byte_perm(lower[m][k], upper[m][k], half);
+        }
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const u64 b = descriptor(
+            columns_at + (SPARSE ? k / 2 * (128 * TOKENS) + k % 2 * 64 : k * 32));
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            if (SPARSE) group_sparse(sums[m], each[k][m], b, places[k][m]);
+            else group_dense(sums[m], each[k][m], b);
+        }
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+#else
+    const int chunk = SPARSE ? lane / 8 : lane / 8 % 2;
+    const u32 at_x = stage + A_BYTES + lane % 8 * 2 * STEP + (SPARSE ? 256 : 128) * wk +
+                     16 * (chunk ^ lane % 8);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         if ((SPARSE ? 32 : 16) * k >= columns) break;
@@ -247,6 +327,7 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
             }
         }
     }
+#endif
 }
 
 // sums = rows of A times X over this split; then the warps along the inputs are added in order, and
@@ -264,7 +345,7 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
     constexpr int X_STEP = SPARSE ? 2 * STEP : STEP;
     const int a_row = SPARSE ? arg.inputs : 2 * arg.inputs;
     Tile<16, STEP, ROWS, STEP> weight(a, a_row, row, rows, a_row, begin * STEP, base);
-    Tile<16, X_STEP, TOKENS, 2 * STEP> inputs(arg.x, arg.x_stride, 0, arg.tokens, 2 * arg.inputs,
+    Tile<16, X_STEP, TOKENS, GROUPED ? 128 : 2 * STEP> inputs(arg.x, arg.x_stride, 0, arg.tokens, 2 * arg.inputs,
                                               begin * X_STEP, base + A_BYTES);
     Tile<8, STEP / 8, ROWS, STEP / 8> places(arg.metadata, arg.inputs / 8, row, rows, arg.inputs / 8,
                                              begin * STEP / 8, base + A_BYTES + X_BYTES);
@@ -282,6 +363,8 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
     int read = 0, write = STAGES - 1;
     for (int step = begin; step < end; ++step) {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
+        // What was copied is read by another path than ldmatrix takes.
+        if (GROUPED) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();
         fetch(step + STAGES - 1, write);
         compute<SPARSE>(sums, base + read * STAGE, arg.inputs - step * width - wk * (width / WK));
@@ -333,7 +416,7 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) slope_decode(const Arguments arg) {
-    extern __shared__ __align__(256) char memory[];
+    extern __shared__ __align__(1024) char memory[];
     if (!arg.y) let_next_begin();
     const int tiles = (arg.outputs + ROWS - 1) / ROWS, cluster = cluster_blocks();
     const int low_tiles = (arg.rank + ROWS - 1) / ROWS, low_blocks = low_tiles * arg.low_splits;

@@ -35,6 +35,7 @@ class MmaLaunch(NamedTuple):
         column_warps: warps of a block along I, 128 columns each.
         stages: steps in flight.
         blocks: that I is split for where there are fewer tiles; 0 never splits it.
+        grouped: wgmma, four warps along the outputs sharing X; compute capability 9.0 alone.
     """
 
     token_tiles: int
@@ -43,6 +44,7 @@ class MmaLaunch(NamedTuple):
     column_warps: int
     stages: int
     blocks: int
+    grouped: bool = False
 
     @property
     def rows(self) -> int:
@@ -212,12 +214,16 @@ def _why_no_compiler() -> str | None:
 def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int]:
     """What ``decode.cu`` is compiled with."""
     names = ("NT", "MT", "WM", "WK", "STAGES")
-    return dict(zip(names, launch, strict=False)) | {"BF16": int(dtype == torch.bfloat16)}
+    return dict(zip(names, launch, strict=False)) | {
+        "BF16": int(dtype == torch.bfloat16),
+        "GROUPED": int(launch.grouped),
+    }
 
 
 @functools.cache
 def _kernel(launch: MmaLaunch, dtype: torch.dtype, device: int) -> nvrtc.Kernel:
-    return nvrtc.Kernel(_SOURCE, "slope_decode", constants(launch, dtype), launch.shared)
+    own = "a" if launch.grouped else ""  # instructions of this architecture alone
+    return nvrtc.Kernel(_SOURCE, "slope_decode", constants(launch, dtype), launch.shared, own)
 
 
 def decode_mma(

@@ -116,16 +116,22 @@ class Kernel:
         function: ``extern "C"`` name.
         constants: macros.
         shared: bytes of dynamic shared memory.
+        suffix: of the architecture, "a" for instructions that later ones need not have.
 
     Raises:
         NvrtcError: if it cannot be compiled or loaded, or needs more shared memory than there is.
     """
 
     def __init__(
-        self, source: str, function: str, constants: Mapping[str, int], shared: int
+        self,
+        source: str,
+        function: str,
+        constants: Mapping[str, int],
+        shared: int,
+        suffix: str = "",
     ) -> None:
         major, minor = torch.cuda.get_device_capability()
-        binary = compile_source(source, constants, f"sm_{major}{minor}")
+        binary = compile_source(source, constants, f"sm_{major}{minor}{suffix}")
         self._driver = _driver()
         self._shared = shared
         self._holds: dict[tuple[int, int], bool] = {}
