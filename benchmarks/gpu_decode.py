@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from slope.backends import decoding_mma
-from slope.backends.decoding import decode
+from slope.backends.decoding import MAX_TOKENS, decode
 from slope.backends.decoding_mma import MmaLaunch, decode_mma
 from slope.bench.timing import Call, Clock, Deadline, Effort, Spread, interleave
 from slope.linear import SlopeLinear
@@ -52,12 +52,22 @@ CUTS = {
         (1, 4, 2, 4),
     ),
 }  # fmt: skip
-# The same for wgmma.
-GROUPED = (
-    (1, 4, 1, 4), (1, 4, 2, 3), (1, 4, 2, 4), (1, 4, 4, 2), (2, 4, 1, 4), (2, 4, 2, 2), (2, 4, 2, 3),
-    (1, 8, 1, 4), (1, 8, 2, 3), (2, 8, 1, 3),
-)  # fmt: skip
-GROUPED_TILES = (2, 4, 8)
+# The same for wgmma, by the tiles of a block's tokens.
+GROUPED = {
+    2: ((1, 4, 1, 4), (1, 4, 1, 8), (1, 4, 2, 3), (1, 4, 2, 4), (2, 4, 2, 2), (2, 4, 2, 3)),
+    4: (
+        (1, 4, 1, 4), (1, 4, 1, 8), (1, 4, 2, 3), (1, 4, 2, 4), (2, 4, 2, 2), (2, 4, 2, 3),
+        (1, 8, 1, 4), (1, 8, 2, 3), (2, 8, 1, 3),
+    ),
+    8: (
+        (1, 4, 1, 4), (1, 4, 1, 6), (1, 4, 2, 3), (1, 4, 2, 4), (2, 4, 2, 2), (2, 4, 2, 3),
+        (1, 8, 1, 4), (1, 8, 2, 3), (2, 8, 1, 3), (2, 8, 1, 4),
+    ),
+    16: (
+        (1, 4, 1, 2), (1, 4, 1, 4), (1, 4, 2, 2), (1, 8, 1, 2), (1, 8, 1, 4), (2, 4, 1, 2),
+        (2, 4, 1, 4), (2, 8, 1, 3),
+    ),
+}  # fmt: skip
 SPLITS = (1, 2, 3, 4, 6, 8)
 LOW_SPLITS = (2, 4, 8, 16)
 
@@ -98,11 +108,15 @@ def compile_all(token_tiles: set[int]) -> None:
 
 
 def cuts_of(token_tiles: int) -> list[MmaLaunch]:
-    """The candidates that fit into shared memory."""
-    tiles = next(most for most in CUTS if token_tiles <= most)
-    cuts = [MmaLaunch(tiles, *cut, 0) for cut in CUTS[tiles]]
-    if tiles in GROUPED_TILES and torch.cuda.get_device_capability() == (9, 0):
-        cuts += [MmaLaunch(tiles, *cut, 0, grouped=True) for cut in GROUPED]
+    """The candidates that fit into shared memory; more than 64 tokens are shared among blocks."""
+    cuts = []
+    if token_tiles <= max(CUTS):
+        tiles = next(most for most in CUTS if token_tiles <= most)
+        cuts = [MmaLaunch(tiles, *cut, 0) for cut in CUTS[tiles]]
+    if torch.cuda.get_device_capability() == (9, 0):
+        least = next((most for most in GROUPED if token_tiles <= most), max(GROUPED))
+        for tiles in (least,) if token_tiles <= 8 else (8, 16):
+            cuts += [MmaLaunch(tiles, *cut, 0, grouped=True) for cut in GROUPED[tiles]]
     return [cut for cut in cuts if cut.shared <= decoding_mma._shared_memory(0)]
 
 
@@ -112,13 +126,14 @@ def candidates(
     """Cuts with splits that fill a GPU neither far too little nor several times."""
     token_tiles = -(-tokens // 8)
     for cut, splits in itertools.product(cuts_of(token_tiles), SPLITS):
-        blocks = -(-out_features // cut.rows) * splits
+        parts = -(-token_tiles // cut.token_tiles)
+        blocks = -(-out_features // cut.rows) * parts * splits
         steps = in_features // (128 * cut.column_warps)
-        if splits > steps or (splits > 1 and blocks > 280):
+        if splits > steps or (splits > 1 and blocks > (280 if cut.rows < 256 else 900)):
             continue
         if blocks < 40 and splits < min(SPLITS[-1], steps):
             continue
-        name = f"{''.join(map(str, cut[:5]))}{'g' * cut.grouped}/{splits}"
+        name = f"{'.'.join(map(str, cut[:5]))}{'g' * cut.grouped}/{splits}"
         if not rank:
             yield name, functools.partial(decode_mma, launch=cut, splits=splits)
             continue
@@ -132,31 +147,52 @@ def measure(out_features: int, in_features: int, tokens: int, rank: int, cuts: b
     """One line of the table."""
     settings = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
     compressed = out_features * in_features * 9 // 8
+    few = tokens <= MAX_TOKENS
     layers = [
-        SlopeLinear(in_features, out_features, bias=False, **settings)
+        SlopeLinear(in_features, out_features, bias=False, **settings).requires_grad_(False)
         for _ in range(min(60, max(2, BEYOND_CACHE // compressed)))
     ]
+    packed = (
+        []
+        if few
+        else [
+            SlopeLinear(
+                in_features, out_features, bias=False, backend="cusparselt", **settings
+            ).requires_grad_(False)
+            for _ in layers
+        ]
+    )
     dense = [layer.to_dense() for layer in layers]
     x = torch.randn(tokens, in_features, **settings)
     down = torch.randn(rank, in_features, **settings) / in_features**0.5 if rank else None
     up = torch.randn(out_features, rank, **settings) if rank else None
 
-    def product(w: Tensor) -> Tensor:
-        y = torch.nn.functional.linear(x, w)
+    def adapted(y: Tensor) -> Tensor:
         return y if down is None or up is None else y.addmm_(x @ down.t(), up.t())
 
+    def product(w: Tensor) -> Tensor:
+        return adapted(torch.nn.functional.linear(x, w))
+
+    def sparse(layer: SlopeLinear, kernel: Callable[..., Tensor]) -> Tensor:
+        if few:
+            return kernel(x, layer.values, layer.metadata, None, down, up)
+        return adapted(kernel(x, layer.values, layer.metadata))
+
     def by(kernel: Callable[..., Tensor]) -> Call:
-        return over(layers, lambda one: kernel(x, one.values, one.metadata, None, down, up))
+        return over(layers, lambda layer: sparse(layer, kernel))
 
     clock = Clock(settings["device"])
-    calls = {"dense": over(dense, product), "triton": by(decode), "mma": by(decode_mma)}
+    calls = {"dense": over(dense, product)}
+    if few:
+        calls |= {"mma": by(decode_mma)} if cuts else {"triton": by(decode), "mma": by(decode_mma)}
+    else:
+        calls["cusparselt"] = over(packed, lambda layer: adapted(layer(x)))
     if cuts:
-        del calls["triton"]
         expected = product(dense[0]).float()
         times = {}
         for name, kernel in candidates(out_features, in_features, tokens, rank):
             call = by(kernel)
-            y = kernel(x, layers[0].values, layers[0].metadata, None, down, up).float()
+            y = sparse(layers[0], kernel).float()
             difference = (y - expected).norm() / expected.norm()
             if not difference < 1e-2:
                 raise AssertionError(f"{out_features}x{in_features}, {name}: error {difference}")

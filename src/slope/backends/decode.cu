@@ -1,7 +1,7 @@
-// Y = X (W^R)^T for a few tokens on the sparse tensor cores, and Z = X down^T beside it.
+// Y = X (W^R)^T for few tokens on the sparse tensor cores, and Z = X down^T beside it.
 //
 // Compiled at run time by NVRTC, without headers, for one choice of the constants below:
-//   NT      tiles of 8 tokens
+//   NT      tiles of 8 tokens of a block
 //   MT      tiles of 16 outputs of a warp
 //   WM, WK  warps of a block along the outputs and along the inputs
 //   STAGES  steps in flight
@@ -9,12 +9,13 @@
 //   GROUPED 1 for wgmma: four warps along the outputs share X, which the tensor cores then read
 //           out of shared memory themselves (sm_90a)
 //
-// A block owns ROWS outputs and walks over the inputs in steps of STEP bytes of a row of A, which is
-// W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared memory in the
-// order of global memory; a chunk of 16 bytes is swapped with others of its row, so that ldmatrix
-// meets no bank twice. wgmma wants X in columns of 128 bytes, each swapped alike. The inputs may be split among the blocks of a cluster, which then add their
-// sums out of each other's shared memory. mma.sp wants for its 16 x 32 tile 32 bits of metadata of
-// every row: lane 4 g + h gives half h of row g below, of row g + 8 above, as they stand in memory.
+// A block owns ROWS outputs of TOKENS tokens and walks over the inputs in steps of STEP bytes of a
+// row of A, which is W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared
+// memory in the order of global memory; a chunk of 16 bytes is swapped with others of its row, so
+// that ldmatrix meets no bank twice. wgmma wants X in columns of 128 bytes, each swapped alike. The
+// inputs may be split among the blocks of a cluster, which then add their sums out of each other's
+// shared memory. Both instructions want for a 16 x 32 tile 32 bits of metadata of every row: lane
+// 4 g + h gives half h of row g below, of row g + 8 above, as they stand in memory.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -59,10 +60,10 @@ __device__ __forceinline__ void copy(u32 to, const char* from, bool inside) {
                      "r"(bytes));
 }
 
-// This thread's part of a tile of ROWS_ rows, WIDTH bytes of which belong to a step; PITCH bytes
-// lie between rows in shared memory, and SPAN bytes of a row together. A pass of all threads copies
-// DOWN rows.
-template <int BYTES, int WIDTH, int ROWS_, int PITCH, int SPAN = PITCH>
+// This thread's part of a tile of ROWS_ rows, WIDTH bytes of which belong to a step. In shared memory
+// PITCH bytes of a row lie together, the next row's behind them, and what is left of WIDTH behind
+// those of all rows. A pass of all threads copies DOWN rows.
+template <int BYTES, int WIDTH, int ROWS_, int PITCH>
 struct Tile {
     static constexpr int ACROSS = WIDTH / BYTES;
     static constexpr int DOWN = THREADS / ACROSS;
@@ -79,9 +80,10 @@ struct Tile {
         stride = DOWN * pitch;
         columns = bytes - begin - BYTES * across;
         rows = rows_ - row - first;
-        constexpr int TOGETHER = SPAN / BYTES;
+        constexpr int TOGETHER = PITCH / BYTES;
+        const int chunk = across % TOGETHER;
         to = at + across / TOGETHER * (ROWS_ * PITCH) + first * PITCH +
-             BYTES * (BYTES == 16 ? across % TOGETHER ^ (first & 7) : across % TOGETHER);
+             BYTES * (BYTES == 16 ? chunk ^ (first & 7) : chunk);
     }
 
     __device__ __forceinline__ void fetch(u32 stage) {
@@ -145,45 +147,59 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
     return static_cast<u64>((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-#define SUMS4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+// The names of 4 NT sums, of four registers of A, of the place of X and of the metadata.
+#define FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define NAMES1 "%0, %1, %2, %3"
+#define NAMES2 NAMES1 ", %4, %5, %6, %7"
+#define NAMES4 NAMES2 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES8 NAMES4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES16                                                                                   \
+    NAMES8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
+           "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS1 FOUR(0)
+#define SUMS2 SUMS1, FOUR(1)
+#define SUMS4 SUMS2, FOUR(2), FOUR(3)
+#define SUMS8 SUMS4, FOUR(4), FOUR(5), FOUR(6), FOUR(7)
+#define SUMS16                                                                                  \
+    SUMS8, FOUR(8), FOUR(9), FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)
 #if NT == 1
-#define TOKENS_TEXT "8"
-#define SUMS_TEXT "{%0, %1, %2, %3}"
-#define SUMS SUMS4(0)
-#define A_TEXT "{%4, %5, %6, %7}, %8"
-#define METADATA_TEXT "%9"
+#define SHAPE "m64n8"
+#define SUMS SUMS1
+#define OPERANDS "{" NAMES1 "}, {%4, %5, %6, %7}, %8"
+#define METADATA "%9"
 #elif NT == 2
-#define TOKENS_TEXT "16"
-#define SUMS_TEXT "{%0, %1, %2, %3, %4, %5, %6, %7}"
-#define SUMS SUMS4(0), SUMS4(1)
-#define A_TEXT "{%8, %9, %10, %11}, %12"
-#define METADATA_TEXT "%13"
+#define SHAPE "m64n16"
+#define SUMS SUMS2
+#define OPERANDS "{" NAMES2 "}, {%8, %9, %10, %11}, %12"
+#define METADATA "%13"
 #elif NT == 4
-#define TOKENS_TEXT "32"
-#define SUMS_TEXT "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
-#define SUMS SUMS4(0), SUMS4(1), SUMS4(2), SUMS4(3)
-#define A_TEXT "{%16, %17, %18, %19}, %20"
-#define METADATA_TEXT "%21"
+#define SHAPE "m64n32"
+#define SUMS SUMS4
+#define OPERANDS "{" NAMES4 "}, {%16, %17, %18, %19}, %20"
+#define METADATA "%21"
 #elif NT == 8
-#define TOKENS_TEXT "64"
-#define SUMS_TEXT "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define SUMS SUMS4(0), SUMS4(1), SUMS4(2), SUMS4(3), SUMS4(4), SUMS4(5), SUMS4(6), SUMS4(7)
-#define A_TEXT "{%32, %33, %34, %35}, %36"
-#define METADATA_TEXT "%37"
+#define SHAPE "m64n64"
+#define SUMS SUMS8
+#define OPERANDS "{" NAMES8 "}, {%32, %33, %34, %35}, %36"
+#define METADATA "%37"
+#elif NT == 16
+#define SHAPE "m64n128"
+#define SUMS SUMS16
+#define OPERANDS "{" NAMES16 "}, {%64, %65, %66, %67}, %68"
+#define METADATA "%69"
 #endif
 
 __device__ __forceinline__ void group_sparse(float (&d)[NT][4], const u32 (&a)[4], u64 b,
                                              u32 metadata) {
-    asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" TOKENS_TEXT "k32.f32." KIND "." KIND
-                 " " SUMS_TEXT ", " A_TEXT ", " METADATA_TEXT ", 0, 1, 1, 1, 0;"
+    asm volatile("wgmma.mma_async.sp.sync.aligned." SHAPE "k32.f32." KIND "." KIND " " OPERANDS
+                 ", " METADATA ", 0, 1, 1, 1, 0;"
                  : SUMS
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata));
 }
 
 __device__ __forceinline__ void group_dense(float (&d)[NT][4], const u32 (&a)[4], u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" TOKENS_TEXT "k16.f32." KIND "." KIND
-                 " " SUMS_TEXT ", " A_TEXT ", 1, 1, 1, 0;"
+    asm volatile("wgmma.mma_async.sync.aligned." SHAPE "k16.f32." KIND "." KIND " " OPERANDS
+                 ", 1, 1, 1, 0;"
                  : SUMS
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
@@ -330,11 +346,11 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
 #endif
 }
 
-// sums = rows of A times X over this split; then the warps along the inputs are added in order, and
-// the blocks of a cluster.
+// sums = rows of A times X over this split, from a token on; then the warps along the inputs are
+// added in order, and the blocks of a cluster.
 template <bool SPARSE>
 __device__ __forceinline__ void product(const Arguments& arg, char* memory, const char* a, int row,
-                                        int rows, int split, int splits) {
+                                        int rows, int token, int split, int splits) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wk = warp / WM;
     const int width = SPARSE ? STEP : STEP / 2;  // columns of a step
     const int steps = (arg.inputs + width - 1) / width;
@@ -345,8 +361,8 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
     constexpr int X_STEP = SPARSE ? 2 * STEP : STEP;
     const int a_row = SPARSE ? arg.inputs : 2 * arg.inputs;
     Tile<16, STEP, ROWS, STEP> weight(a, a_row, row, rows, a_row, begin * STEP, base);
-    Tile<16, X_STEP, TOKENS, GROUPED ? 128 : 2 * STEP> inputs(arg.x, arg.x_stride, 0, arg.tokens, 2 * arg.inputs,
-                                              begin * X_STEP, base + A_BYTES);
+    Tile<16, X_STEP, TOKENS, GROUPED ? 128 : 2 * STEP> inputs(
+        arg.x, arg.x_stride, token, arg.tokens, 2 * arg.inputs, begin * X_STEP, base + A_BYTES);
     Tile<8, STEP / 8, ROWS, STEP / 8> places(arg.metadata, arg.inputs / 8, row, rows, arg.inputs / 8,
                                              begin * STEP / 8, base + A_BYTES + X_BYTES);
     auto fetch = [&](int step, int stage) {
@@ -394,7 +410,7 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
     const int first = together ? split * THREADS : 0;
     const int stride = together ? splits * THREADS : THREADS;
     for (int i = first + threadIdx.x; i < GROUPS; i += stride) {
-        const int t = i / (ROWS / 4), r = i % (ROWS / 4) * 4 + row;
+        const int t = i / (ROWS / 4) + token, r = i % (ROWS / 4) * 4 + row;
         if (t >= arg.tokens || r >= rows) continue;
         const float4 sum = together ? sum_of_blocks(group(shared, i), splits) : sum_of_warps(shared, i);
         const long long at = static_cast<long long>(t) * rows + r;
@@ -419,16 +435,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) slope_decode(const Argumen
     extern __shared__ __align__(1024) char memory[];
     if (!arg.y) let_next_begin();
     const int tiles = (arg.outputs + ROWS - 1) / ROWS, cluster = cluster_blocks();
-    const int low_tiles = (arg.rank + ROWS - 1) / ROWS, low_blocks = low_tiles * arg.low_splits;
+    const int low_tiles = (arg.rank + ROWS - 1) / ROWS, parts = (arg.tokens + TOKENS - 1) / TOKENS;
+    const int low_blocks = low_tiles * parts * arg.low_splits;
     const int first = (low_blocks + cluster - 1) / cluster * cluster;
     const int block = blockIdx.x;
-    // A row of down is longer than one of W^R compressed, so these blocks come first, in more parts.
+    // Tokens change fastest, so that rows of A are read again out of the L2 cache. A row of down is
+    // longer than one of W^R compressed, so these blocks come first, in more splits.
     if (block < low_blocks) {
-        product<false>(arg, memory, arg.down, block % low_tiles * ROWS, arg.rank, block / low_tiles,
-                       arg.low_splits);
+        const int rest = block / parts;
+        product<false>(arg, memory, arg.down, rest % low_tiles * ROWS, arg.rank,
+                       block % parts * TOKENS, rest / low_tiles, arg.low_splits);
     } else if (block >= first) {
-        const int tile = cluster > 1 ? (block - first) / cluster : (block - first) % tiles;
-        const int split = cluster > 1 ? (block - first) % cluster : (block - first) / tiles;
-        product<true>(arg, memory, arg.values, tile * ROWS, arg.outputs, split, arg.splits);
+        const int number = (block - first) / cluster, rest = number / parts;
+        const int tile = cluster > 1 ? rest : rest % tiles;
+        const int split = cluster > 1 ? (block - first) % cluster : rest / tiles;
+        product<true>(arg, memory, arg.values, tile * ROWS, arg.outputs, number % parts * TOKENS,
+                      split, arg.splits);
     }
 }

@@ -296,8 +296,9 @@ def decode_mma(
         x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits,
         low_splits,
     )  # fmt: skip
-    low_blocks = -(-rank // cut.rows) * low_splits
-    blocks = -(-out_features // cut.rows) * splits + -(-low_blocks // cluster) * cluster
+    parts = -(-tokens // (8 * cut.token_tiles))
+    low_blocks = -(-rank // cut.rows) * parts * low_splits
+    blocks = -(-out_features // cut.rows) * parts * splits + -(-low_blocks // cluster) * cluster
     stream = torch._C._cuda_getCurrentRawStream(device)
     kernel(blocks, cut.threads, argument, stream, cluster)
     if partial is not None:
