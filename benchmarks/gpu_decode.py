@@ -1,30 +1,33 @@
-"""The decode kernels alone, on a GPU: microseconds per product, and over the dense product.
+"""Products of few tokens, on a GPU: microseconds of each kernel, and over the dense product.
 
     python benchmarks/gpu_decode.py                        # the shapes of the committed log
     python benchmarks/gpu_decode.py --rank 0.015625        # with an adapter of that share of d_in
-    python benchmarks/gpu_decode.py --cuts                 # other cuts too, for the table
+    python benchmarks/gpu_decode.py --cuts --every all.csv # cuts that do not compete otherwise, too
 
 Each contender is one CUDA graph over as many layers as do not fit into the L2 cache, so that
 weights come from memory as in a model. Contenders take turns; a line has medians and the 10th to
-90th percentile of each speed-up. With ``--cuts`` every cut is checked, timed once, and the best
-few take turns with the others; they are named by token_tiles, row_tiles, row_warps, column_warps,
-stages, g for wgmma / splits, and with an adapter / low splits.
+90th percentile of each speed-up, and the name of the launch that was chosen for ``mma``. With
+``--cuts`` every cut is checked, timed once, and the best few take turns with the others; they are
+named by token_tiles, row_tiles, row_warps, column_warps, stages, g for wgmma / splits, and with an
+adapter / low splits.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from slope.backends import decoding_mma
-from slope.backends.decoding import MAX_TOKENS, decode
+from slope.backends import decoding_mma, ops
+from slope.backends.decoding import MAX_TOKENS
 from slope.backends.decoding_mma import MmaLaunch, decode_mma
+from slope.backends.tuning import bucket
 from slope.bench.timing import Call, Clock, Deadline, Effort, Spread, interleave
 from slope.linear import SlopeLinear
 
@@ -68,7 +71,6 @@ GROUPED = {
         (2, 4, 1, 4), (2, 8, 1, 3),
     ),
 }  # fmt: skip
-SPLITS = (1, 2, 3, 4, 6, 8)
 LOW_SPLITS = (2, 4, 8, 16)
 
 
@@ -76,15 +78,17 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES, help="d_out x d_in, comma separated")
-    parser.add_argument("--tokens", default="1,8,16,32,64")
+    parser.add_argument("--tokens", default="1,8,16,32,64,128")
+    parser.add_argument("--paths", default="mma,cusparselt", help="of mma, triton, cusparselt")
     parser.add_argument("--rank", type=float, default=0.0, help="of an adapter, as a share of d_in")
-    parser.add_argument("--cuts", action="store_true", help="time other cuts of the work too")
+    parser.add_argument("--cuts", action="store_true", help="time other cuts of mma too")
+    parser.add_argument("--every", type=Path, help="file for the time of every cut")
     parser.add_argument("--seconds", type=float, help="begin no case after this time")
     options = parser.parse_args()
     deadline = Deadline(options.seconds)
     tokens = [int(word) for word in options.tokens.split(",")]
     if options.cuts:
-        compile_all({-(-t // 8) for t in tokens})
+        compile_all(tokens)
     for shape in options.shapes.split(","):
         out_features, in_features = map(int, shape.split("x"))
         for t in tokens:
@@ -92,11 +96,11 @@ def main() -> None:
                 print(f"{shape}, {t} tokens: no time left")
                 continue
             rank = round(options.rank * in_features)
-            line = measure(out_features, in_features, t, rank, options.cuts)
+            line = measure(out_features, in_features, t, rank, options)
             print(f"{shape}, {t} tokens: {line}", flush=True)
 
 
-def compile_all(token_tiles: set[int]) -> None:
+def compile_all(tokens: Sequence[int]) -> None:
     """Every cut, on all cores."""
 
     def compile_one(cut: MmaLaunch) -> None:
@@ -104,65 +108,45 @@ def compile_all(token_tiles: set[int]) -> None:
         decoding_mma._kernel(cut, torch.bfloat16, 0)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, (cut for tiles in token_tiles for cut in cuts_of(tiles))))
+        list(pool.map(compile_one, {cut for t in tokens for cut in cuts_of(t)}))
 
 
-def cuts_of(token_tiles: int) -> list[MmaLaunch]:
+def cuts_of(tokens: int) -> list[MmaLaunch]:
     """The candidates that fit into shared memory; more than 64 tokens are shared among blocks."""
     cuts = []
-    if token_tiles <= max(CUTS):
-        tiles = next(most for most in CUTS if token_tiles <= most)
-        cuts = [MmaLaunch(tiles, *cut, 0) for cut in CUTS[tiles]]
+    if tokens <= 8 * max(CUTS):
+        tiles = next(most for most in CUTS if tokens <= 8 * most)
+        cuts = [MmaLaunch(tiles, *cut) for cut in CUTS[tiles]]
     if torch.cuda.get_device_capability() == (9, 0):
-        least = next((most for most in GROUPED if token_tiles <= most), max(GROUPED))
-        for tiles in (least,) if token_tiles <= 8 else (8, 16):
-            cuts += [MmaLaunch(tiles, *cut, 0, grouped=True) for cut in GROUPED[tiles]]
+        least = next((most for most in GROUPED if tokens <= 8 * most), max(GROUPED))
+        for tiles in (least,) if tokens <= MAX_TOKENS else (8, 16):
+            cuts += [MmaLaunch(tiles, *cut, grouped=True) for cut in GROUPED[tiles]]
     return [cut for cut in cuts if cut.shared <= decoding_mma._shared_memory(0)]
 
 
 def candidates(
     out_features: int, in_features: int, tokens: int, rank: int
-) -> Iterator[tuple[str, functools.partial[Tensor]]]:
-    """Cuts with splits that fill a GPU neither far too little nor several times."""
-    token_tiles = -(-tokens // 8)
-    for cut, splits in itertools.product(cuts_of(token_tiles), SPLITS):
-        parts = -(-token_tiles // cut.token_tiles)
-        blocks = -(-out_features // cut.rows) * parts * splits
-        steps = in_features // (128 * cut.column_warps)
-        if splits > steps or (splits > 1 and blocks > (280 if cut.rows < 256 else 900)):
-            continue
-        if blocks < 40 and splits < min(SPLITS[-1], steps):
-            continue
-        name = f"{'.'.join(map(str, cut[:5]))}{'g' * cut.grouped}/{splits}"
-        if not rank:
-            yield name, functools.partial(decode_mma, launch=cut, splits=splits)
-            continue
-        for low in LOW_SPLITS:
-            made = functools.partial(decode_mma, launch=cut, splits=splits, low_splits=low)
-            yield f"{name}/{low}", made
+) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """Each cut with its splits, and with an adapter with those of down."""
+    for launch in decoding_mma.split(cuts_of(tokens), tokens, out_features, in_features):
+        for low in LOW_SPLITS if rank and tokens <= MAX_TOKENS else (None,):
+            name = str(launch) if low is None else f"{launch}/{low}"
+            yield name, functools.partial(decode_mma, launch=launch, low_splits=low)
 
 
 @torch.no_grad()
-def measure(out_features: int, in_features: int, tokens: int, rank: int, cuts: bool) -> str:
+def measure(
+    out_features: int, in_features: int, tokens: int, rank: int, options: argparse.Namespace
+) -> str:
     """One line of the table."""
     settings = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
     compressed = out_features * in_features * 9 // 8
-    few = tokens <= MAX_TOKENS
     layers = [
-        SlopeLinear(in_features, out_features, bias=False, **settings).requires_grad_(False)
+        SlopeLinear(in_features, out_features, bias=False, **settings)
         for _ in range(min(60, max(2, BEYOND_CACHE // compressed)))
     ]
-    packed = (
-        []
-        if few
-        else [
-            SlopeLinear(
-                in_features, out_features, bias=False, backend="cusparselt", **settings
-            ).requires_grad_(False)
-            for _ in layers
-        ]
-    )
     dense = [layer.to_dense() for layer in layers]
+    packed = [ops.packed_operand(layer.values, layer.metadata) for layer in layers]
     x = torch.randn(tokens, in_features, **settings)
     down = torch.randn(rank, in_features, **settings) / in_features**0.5 if rank else None
     up = torch.randn(out_features, rank, **settings) if rank else None
@@ -170,37 +154,49 @@ def measure(out_features: int, in_features: int, tokens: int, rank: int, cuts: b
     def adapted(y: Tensor) -> Tensor:
         return y if down is None or up is None else y.addmm_(x @ down.t(), up.t())
 
-    def product(w: Tensor) -> Tensor:
-        return adapted(torch.nn.functional.linear(x, w))
+    def by_dense(number: int) -> Tensor:
+        return adapted(torch.nn.functional.linear(x, dense[number]))
 
-    def sparse(layer: SlopeLinear, kernel: Callable[..., Tensor]) -> Tensor:
-        if few:
-            return kernel(x, layer.values, layer.metadata, None, down, up)
-        return adapted(kernel(x, layer.values, layer.metadata))
+    def by_path(path: str, number: int) -> Tensor:
+        layer = layers[number]
+        given = x, layer.values, layer.metadata, layer.column_mask, packed[number], None
+        return ops.sparse_linear_forward(*given, down, up, 1.0, path)
 
-    def by(kernel: Callable[..., Tensor]) -> Call:
-        return over(layers, lambda layer: sparse(layer, kernel))
+    def by_cut(kernel: Callable[..., Tensor], number: int) -> Tensor:
+        given = x, layers[number].values, layers[number].metadata, None
+        if tokens <= MAX_TOKENS:
+            return kernel(*given, down, up, 1.0)
+        return adapted(kernel(*given, None, None, 1.0))
+
+    def all_layers(act: Callable[[int], Tensor]) -> Call:
+        return over(range(len(layers)), act)
 
     clock = Clock(settings["device"])
-    calls = {"dense": over(dense, product)}
-    if few:
-        calls |= {"mma": by(decode_mma)} if cuts else {"triton": by(decode), "mma": by(decode_mma)}
-    else:
-        calls["cusparselt"] = over(packed, lambda layer: adapted(layer(x)))
-    if cuts:
-        expected = product(dense[0]).float()
+    calls = {"dense": all_layers(by_dense)}
+    for path in options.paths.split(","):
+        if path != "triton" or tokens <= MAX_TOKENS:
+            calls[path] = all_layers(functools.partial(by_path, path))
+    if options.cuts:
+        expected = by_dense(0).float()
         times = {}
         for name, kernel in candidates(out_features, in_features, tokens, rank):
-            call = by(kernel)
-            y = sparse(layers[0], kernel).float()
-            difference = (y - expected).norm() / expected.norm()
+            act = functools.partial(by_cut, kernel)
+            difference = (act(0).float() - expected).norm() / expected.norm()
             if not difference < 1e-2:
                 raise AssertionError(f"{out_features}x{in_features}, {name}: error {difference}")
+            call = all_layers(act)
             call()
             timing = interleave({name: captured(call)}, clock, ONCE, Deadline())[name]
-            times[name] = Spread.of(timing.seconds).median, call
+            times[name] = Spread.of(timing.seconds).median / len(layers), call
         best = sorted(times, key=lambda name: times[name][0])[:FINALISTS]
         calls |= {name: times[name][1] for name in best}
+        if options.every:
+            with options.every.open("a", newline="") as file:
+                case = out_features, in_features, tokens, rank
+                rows = csv.writer(file)
+                rows.writerows(
+                    (*case, name, f"{time * 1e6:.3f}") for name, (time, _) in times.items()
+                )
     for call in calls.values():
         call()
     graphs = {name: clock.captured(call) for name, call in calls.items()}
@@ -210,11 +206,23 @@ def measure(out_features: int, in_features: int, tokens: int, rank: int, cuts: b
         median = Spread.of(timing.seconds).median / len(layers)
         faster = timing.speed_up(timings["dense"])
         moved = 2 * out_features * in_features if name == "dense" else compressed
+        launch = f" {chosen(out_features, in_features, tokens, rank)}" if name == "mma" else ""
         parts.append(
-            f"{name} {median * 1e6:.1f} us, {faster.median:.2f} x ({faster.low:.2f} to "
+            f"{name}{launch} {median * 1e6:.1f} us, {faster.median:.2f} x ({faster.low:.2f} to "
             f"{faster.high:.2f}), {moved / median * 1e-9:.0f} GB/s"
         )
     return "; ".join(parts)
+
+
+def chosen(out_features: int, in_features: int, tokens: int, rank: int) -> str:
+    """The name of the launch that the product took."""
+    case = out_features, in_features, bucket(tokens), rank
+    return next(
+        choice.algorithms["mma"]
+        for key, choice in ops.tuner().known().items()
+        if case == (key.out_features, key.in_features, key.tokens, key.adapter_rank)
+        and "mma" in choice.algorithms
+    )
 
 
 def captured(call: Call) -> Call:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +12,10 @@ import pytest
 import torch
 
 from slope.backends import decoding, decoding_mma, nvrtc
-from slope.backends.decoding_mma import MmaLaunch, decode_mma, launch_for, why_no_mma
+from slope.backends.decoding_mma import MmaLaunch, cuts_for, decode_mma, launches, why_no_mma
+from slope.backends.tuning import bucket
 
-GPU = {"shared_memory_per_block_optin": 227 * 1024}  # of an H200
+GPU = {"shared_memory_per_block_optin": 227 * 1024}  # of an H200, and of later ones
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -38,23 +38,37 @@ def compiler(monkeypatch):
 
 @pytest.fixture
 def with_cuda(monkeypatch):
-    for cached in (decoding_mma._why_no_compiler, decoding_mma._shared_memory):
+    known = (
+        decoding_mma._why_no_compiler, decoding_mma._shared_memory, decoding_mma._has_wgmma,
+    )  # fmt: skip
+    for cached in known:
         cached.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(nvrtc, "why_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**GPU))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     yield
-    for cached in (decoding_mma._why_no_compiler, decoding_mma._shared_memory):
+    for cached in known:
         cached.cache_clear()
 
 
-def launches():
-    return list({row.cut for rows in decoding_mma._LAUNCHES.values() for row in rows})
+@pytest.fixture
+def hopper(with_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120"])
-def test_every_cut_compiles(compiler, architecture):
-    for number, cut in enumerate(launches()):
+@pytest.mark.parametrize(
+    ("architecture", "table"),
+    [
+        *((name, decoding_mma._CUTS) for name in ("sm_80", "sm_90", "sm_100", "sm_120")),
+        ("sm_90a", decoding_mma._GROUPED),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_cut_compiles(compiler, architecture, table):
+    names = {name for names in table.values() for name in names.split()}
+    for number, cut in enumerate(map(MmaLaunch.parse, sorted(names))):
+        assert cut.grouped == (architecture == "sm_90a")
         code = nvrtc.compile_source(
             "decode.cu", decoding_mma.constants(cut, (BF16, FP16)[number % 2]), architecture
         )
@@ -74,47 +88,64 @@ def test_the_struct_is_that_of_the_source():
     assert names == [name for name, _ in decoding_mma._Arguments._fields_]
 
 
-def test_cuts():
+SHAPES = ((64, 64), (2048, 8192), (4096, 14336), (5120, 5120), (9216, 9216), (28672, 768))
+
+
+@pytest.mark.parametrize("memory", [99, 163, 227])
+def test_cuts(with_cuda, monkeypatch, memory):
+    monkeypatch.setitem(GPU, "shared_memory_per_block_optin", memory * 1024)
     for tokens in range(1, decoding.MAX_TOKENS + 1):
-        for shape in (
-            (64, 64),
-            (2048, 8192),
-            (4096, 14336),
-            (5120, 5120),
-            (9216, 9216),
-            (28672, 768),
-        ):
-            for memory in (99 * 1024, 163 * 1024, 227 * 1024):
-                cut = launch_for(tokens, *shape, memory)
-                if cut is None:
-                    assert tokens > (16 if memory < 163 * 1024 else 32) and memory < 227 * 1024
-                    continue
-                assert cut.shared <= memory
-                assert 1 <= cut.splits(*shape, clusters=True) <= decoding_mma.LARGEST_CLUSTER
-                assert cut.splits(*shape, clusters=False) <= cut.splits(*shape, clusters=True)
-            assert 8 * cut.token_tiles >= tokens
-            assert cut.threads <= 1024
-    cut = MmaLaunch(1, 1, 1, 4, 4, 132)
-    assert cut._replace(blocks=0).splits(64, 4096, True) == 1
+        cuts = cuts_for(tokens, 0)
+        assert cuts or (memory == 99 and tokens > 16)
+        for cut in cuts:
+            assert cut.shared <= memory * 1024 and cut.threads <= 1024 and not cut.grouped
+            assert cut.parts(tokens) == 1 and 8 * cut.token_tiles <= bucket(max(8, tokens))
+    assert not cuts_for(65, 0)
+
+
+def test_cuts_with_wgmma(hopper):
+    for tokens in (1, 8, 9, 16, 17, 32, 33, 64, 65, 1024):
+        cuts = cuts_for(tokens, 0)
+        assert cuts and all(cut.shared <= 227 * 1024 and cut.threads <= 1024 for cut in cuts)
+        kinds = {cut.grouped for cut in cuts}
+        assert kinds == ({False} if tokens <= 8 else {False, True} if tokens <= 32 else {True})
+        assert all(cut.parts(tokens) == 1 for cut in cuts) or tokens > 64
+        # Four warps share X, whose columns begin at a multiple of 1024 bytes.
+        assert all(cut.row_warps % 4 == 0 for cut in cuts if cut.grouped)
+        assert all(16 * cut.rows * cut.column_warps % 1024 == 0 for cut in cuts if cut.grouped)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_launches(hopper, shape):
+    for tokens in (1, 16, 64, 1024):
+        found = [MmaLaunch.parse(name) for name in launches(tokens, *shape, 0)]
+        assert {one._replace(splits=1) for one in found} == set(cuts_for(tokens, 0))
+        for one in found:
+            assert 1 <= one.splits <= decoding_mma.LARGEST_CLUSTER
+            if one.splits > 1:
+                assert 256 * one.column_warps * one.splits <= shape[1]
+                assert -(-shape[0] // one.rows) * one.parts(tokens) * one.splits <= 1300
+    assert len(launches(64, 64, 64, 0)) == len(cuts_for(64, 0))
+
+
+def test_the_figures_of_a_cut():
+    cut = MmaLaunch(1, 1, 1, 4, 4)
     assert (cut.rows, cut.threads) == (16, 128)
     assert cut.shared == 4 * (16 * 512 + 8 * 1024 + 16 * 64)
-    assert cut.splits(4096, 4096, True) == 1 and cut.splits(1024, 4096, True) == 2
-    assert cut.splits(64, 4096, True) == 4 and cut.splits(64, 1024, True) == 1
-    assert cut.splits(64, 16384, True) == 8  # blocks of a cluster
-    assert cut.splits(64, 4096, False) == 2 and cut.splits(64, 2048, False) == 1
+    assert [cut.parts(tokens) for tokens in (1, 8, 9, 64)] == [1, 1, 2, 8]
     assert [cut.low_splits(columns) for columns in (256, 1024, 9216, 14336)] == [1, 2, 2, 4]
-
-
-def test_the_bounds_of_the_table_hold():
-    for rows in decoding_mma._LAUNCHES.values():
-        assert rows[-1][:2] == (math.inf, math.inf)
-    assert launch_for(16, 36864, 9216, 227 * 1024).row_tiles == 1
-    assert launch_for(16, 14336, 4096, 227 * 1024).row_tiles == 2
-    assert launch_for(64, 768, 768, 227 * 1024) == launch_for(64, 3072, 768, 227 * 1024)
+    wide = MmaLaunch(16, 1, 8, 1, 4, splits=3, grouped=True)
+    assert str(wide) == "16.1.8.1.4g/3" and MmaLaunch.parse(str(wide)) == wide
+    assert MmaLaunch.parse("1.1.1.4.4") == cut
 
 
 def refusal(tokens=1, shape=(64, 128), dtype=BF16, values=BF16):
     return why_no_mma(tokens, *shape, dtype, values, 0)
+
+
+def test_refusals_with_wgmma(hopper):
+    assert refusal(65) is refusal(1024) is None
+    assert refusal(2048) == "2048 tokens, the decode kernel takes up to 1024"
 
 
 def test_refusals(with_cuda, monkeypatch):
@@ -156,7 +187,7 @@ def launched(monkeypatch):
 
         class Kernel:
             def __init__(self, cut, dtype, device):
-                assert dtype == BF16 and cut.blocks == 0
+                assert dtype == BF16 and cut.splits == 1
                 self.cut = cut
 
             def holds(self, threads, cluster):
@@ -170,7 +201,6 @@ def launched(monkeypatch):
             finished.append(partial.shape[0])
 
         monkeypatch.setattr(decoding_mma, "_kernel", Kernel)
-        monkeypatch.setattr(decoding_mma, "_shared_memory", lambda device: 227 * 1024)
         monkeypatch.setattr(decoding_mma, "_has_clusters", lambda device: clusters)
         monkeypatch.setattr(decoding_mma, "finish", finish)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
@@ -189,8 +219,7 @@ def test_what_is_launched(launched, rank):
     bias = torch.zeros(64, dtype=BF16)
     down = torch.zeros(rank, 256, dtype=BF16) if rank else None
     up = torch.zeros(64, rank, dtype=BF16) if rank else None
-    cut = MmaLaunch(1, 1, 1, 4, 4, 0)
-    y = decode_mma(x, values, metadata, bias, down, up, 0.5, cut)
+    y = decode_mma(x, values, metadata, bias, down, up, 0.5, MmaLaunch(1, 1, 1, 4, 4))
     assert y.shape == (3, 64) and y.dtype == BF16
     ((cut, blocks, threads, argument, stream, cluster),) = seen
     tiles = -(-64 // cut.rows) + (rank > 0)  # of 256 columns, down is not split
@@ -201,7 +230,8 @@ def test_what_is_launched(launched, rank):
     assert argument.metadata == metadata.data_ptr() and argument.bias == bias.data_ptr()
     assert (argument.down is None, argument.y is None) == (not rank, rank > 0)
     assert finished == [1] * (rank > 0)
-    assert decode_mma(x[:0], values, metadata).shape == (0, 64) and len(seen) == 1
+    empty = decode_mma(x[:0], values, metadata, None, None, None, 1.0, MmaLaunch(1, 1, 1, 4, 4))
+    assert empty.shape == (0, 64) and len(seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -222,11 +252,11 @@ def test_clusters(launched, clusters, splits, rank, blocks, cluster, parts):
     metadata = torch.zeros(80, 32, dtype=torch.uint8)
     down = torch.zeros(rank, 256, dtype=BF16) if rank else None
     up = torch.zeros(80, rank, dtype=BF16) if rank else None
-    cut = MmaLaunch(1, 1, 1, 4, 4, 0)
-    decode_mma(x, values, metadata, None, down, up, 1.0, cut, splits)
+    launch = MmaLaunch(1, 1, 1, 4, 4, splits)
+    decode_mma(x, values, metadata, None, down, up, 1.0, launch)
     ((_, grid, threads, argument, _, together),) = seen
     assert (grid, together, finished) == (blocks, cluster, parts)
-    assert threads == cut.threads and argument.splits == splits
+    assert threads == launch.threads and argument.splits == splits
     assert (argument.y is None) == bool(parts)
 
 
@@ -234,9 +264,23 @@ def test_a_part_of_a_gpu_without_room_for_the_cluster_adds_in_a_second_launch(la
     seen, finished = launched(True, room=False)
     x, values = torch.zeros(3, 256, dtype=BF16), torch.zeros(80, 128, dtype=BF16)
     metadata = torch.zeros(80, 32, dtype=torch.uint8)
-    decode_mma(x, values, metadata, launch=MmaLaunch(1, 1, 1, 4, 4, 0), splits=3)
+    decode_mma(x, values, metadata, None, None, None, 1.0, MmaLaunch(1, 1, 1, 4, 4, 3))
     ((_, blocks, _, _, _, cluster),) = seen
     assert (blocks, cluster, finished) == (15, 1, [3])
+
+
+@pytest.mark.parametrize(("splits", "rank", "blocks"), [(1, 0, 15), (2, 0, 30), (2, 20, 36)])
+def test_more_tokens_than_a_block_takes_are_shared(launched, splits, rank, blocks):
+    """Three parts of 8 tokens, of five tiles of outputs and two of down."""
+    seen, _ = launched(True)
+    x, values = torch.zeros(17, 256, dtype=BF16), torch.zeros(80, 128, dtype=BF16)
+    metadata = torch.zeros(80, 32, dtype=torch.uint8)
+    down = torch.zeros(rank, 256, dtype=BF16) if rank else None
+    up = torch.zeros(80, rank, dtype=BF16) if rank else None
+    launch = MmaLaunch(1, 1, 1, 4, 4, splits)
+    decode_mma(x, values, metadata, None, down, up, 1.0, launch)
+    ((_, grid, _, argument, _, _),) = seen
+    assert (grid, argument.tokens) == (blocks, 17)
 
 
 class Driver:

@@ -28,17 +28,17 @@ def tuner_of(folder, times=TIMES, calls=None, machine="gpu one"):
     return Tuner(ChoiceStore(folder), {"gpu": machine}, timer)
 
 
-def choose(tuner, search=lambda: 7, failing=(), key=KEY):
+def choose(tuner, failing=(), key=KEY, algorithms=(("cusparselt", (7,)),)):
     def path(name):
         def do(algorithm):
-            if name in failing:
-                raise RuntimeError(f"{name} is out of memory\nand more")
+            if name in failing or algorithm in failing:
+                raise RuntimeError(f"{algorithm or name} is out of memory\nand more")
             return name, algorithm
 
         return do
 
-    paths = {name: path(name) for name in ("cusparselt", "dense")}
-    return tuner.choose(key, paths, search)
+    found = {name: lambda numbers=numbers: numbers for name, numbers in algorithms}
+    return tuner.choose(key, {name: path(name) for name in ("dense", *found)}, found)
 
 
 def test_the_fastest_wins_and_is_measured_once(tmp_path):
@@ -46,20 +46,29 @@ def test_the_fastest_wins_and_is_measured_once(tmp_path):
     tuner = tuner_of(tmp_path, calls=calls)
     for _ in range(3):
         choice = choose(tuner)
-        assert (choice.path, choice.algorithm) == ("cusparselt", 7)
+        assert (choice.path, choice.algorithms) == ("cusparselt", {"cusparselt": 7})
     assert len(calls) == 1
     assert choice.reason() == "cusparselt 10.0 µs, dense 20.0 µs"
 
 
-@pytest.mark.parametrize(("tokens", "alone"), [(1, True), (64, True), (128, False)])
-def test_a_few_tokens_are_chosen_by_the_kernels_alone(tmp_path, tokens, alone):
+def test_where_a_decode_kernel_competes_the_kernels_alone_are_timed(tmp_path):
     calls = []
-    choose(tuner_of(tmp_path, calls=calls), key=replace(KEY, tokens=tokens))
-    assert calls == [(["cusparselt", "dense"], alone)]
-    calls.clear()
-    gradient = replace(KEY, operation="input_gradient", tokens=tokens)
-    choose(tuner_of(tmp_path, calls=calls), key=gradient)
-    assert calls == [(["cusparselt", "dense"], False)]  # training waits for the host
+    tuner = tuner_of(tmp_path, TIMES | {"mma": 5.0}, calls)
+    assert choose(tuner, key=replace(KEY, tokens=1)).path == "cusparselt"
+    assert choose(tuner, algorithms=[("mma", ("1.1.1.8.3/1",))]).path == "mma"
+    assert calls == [(["cusparselt", "dense"], False), (["dense", "mma"], True)]
+
+
+def test_of_several_algorithms_the_fastest_competes_and_is_kept(tmp_path):
+    calls = []
+    times = TIMES | {"mma": 5.0, "a": 3.0, "b": 2.0, "c": 1.0}
+    algorithms = [("mma", ("a", "b", "c")), ("cusparselt", (7,))]
+    choice = choose(tuner_of(tmp_path, times, calls), ["c"], algorithms=algorithms)
+    assert calls == [(["a", "b"], True), (["cusparselt", "dense", "mma"], True)]
+    assert (choice.path, choice.algorithms) == ("mma", {"mma": "b", "cusparselt": 7})
+    assert choose(tuner_of(tmp_path, {}), algorithms=algorithms) == choice  # from the disk
+    choice = choose(tuner_of(tmp_path, times), ["a", "b", "c"], replace(KEY, tokens=32), algorithms)
+    assert (choice.path, choice.refused) == ("cusparselt", {"mma": "c is out of memory"})
 
 
 @pytest.fixture
@@ -125,7 +134,7 @@ def test_without_memory_to_flush_kernels_are_timed_all_the_same(clock, monkeypat
 
 def test_a_slower_sparse_product_goes_dense(tmp_path):
     choice = choose(tuner_of(tmp_path, {"cusparselt": 21.0, "dense": 20.0}))
-    assert (choice.path, choice.algorithm) == ("dense", 7)
+    assert (choice.path, choice.algorithms) == ("dense", {"cusparselt": 7})
 
 
 def test_another_process_reads_the_choice_and_another_gpu_does_not(tmp_path):
@@ -140,7 +149,7 @@ def test_another_process_reads_the_choice_and_another_gpu_does_not(tmp_path):
 def test_a_path_that_fails_is_left_out_with_its_reason(tmp_path):
     choice = choose(tuner_of(tmp_path), failing=("cusparselt",))
     assert choice.path == "dense"
-    assert choice.refused == {"cusparselt": "cusparselt is out of memory"}
+    assert choice.refused == {"cusparselt": "7 is out of memory"}
     assert list(tmp_path.iterdir()) == []  # another process may have the memory
 
 
@@ -169,12 +178,12 @@ def run(product):
         name: lambda algorithm, name=name: (name, algorithm)
         for name in ("cusparselt", "triton", "dense")
     }
-    return ops._run(product, paths, lambda: 7)
+    return ops._run(product, paths, {"cusparselt": lambda: [7]})
 
 
 def test_each_product_goes_to_the_fastest_path_that_can_do_it(gpu):
     assert run(product()) == ("cusparselt", 7)
-    assert run(product(tokens=16)) == ("triton", 7)
+    assert run(product(tokens=16)) == ("triton", None)
     assert run(product(shape=(80, 48))) == ("dense", None)
     assert run(product(tokens=16, shape=(80, 96)))[0] == "triton"
     reasons = ops._chosen()[product(shape=(80, 48))].reason()
@@ -200,10 +209,10 @@ def test_a_path_asked_for_that_cannot_is_an_error(gpu):
 def test_of_the_two_decode_kernels_only_the_faster_one_is_measured(gpu, monkeypatch):
     monkeypatch.setattr(ops, "why_no_mma", lambda *product: None)
     paths = {name: lambda algorithm, name=name: name for name in ("mma", "triton", "dense")}
-    assert ops._run(product(tokens=16), paths, lambda: None) == "mma"
+    assert ops._run(product(tokens=16), paths, {}) == "mma"
     reason = ops._chosen()[product(tokens=16)].reason()
     assert reason.endswith("; triton: mma does the same by a faster kernel")
-    assert ops._run(product(tokens=16, only="triton"), paths, lambda: None) == "triton"
+    assert ops._run(product(tokens=16, only="triton"), paths, {}) == "triton"
 
 
 def test_the_decode_kernel_asked_for_does_few_tokens_forward_or_says_why_not(gpu):
@@ -215,7 +224,7 @@ def test_the_decode_kernel_asked_for_does_few_tokens_forward_or_says_why_not(gpu
     gradient = product(tokens=16, only="triton")._replace(operation="input_gradient")
     paths = {"cusparselt": lambda algorithm: None, "dense": lambda algorithm: None}
     with pytest.raises(RuntimeError, match="decode kernel does the forward alone; use backend"):
-        ops._run(gradient, paths, lambda: 7)
+        ops._run(gradient, paths, {})
     assert slope.SparsityConfig(backend="triton").backend == get_backend("triton").name == "triton"
 
 
@@ -265,7 +274,7 @@ def test_while_a_graph_is_captured_nothing_is_measured_or_kept(gpu):
     assert run(product())[0] == "cusparselt"
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 3}', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 4}', b"\xff\xfe"])
 def test_a_damaged_file_is_measured_again(tmp_path, damage, caplog):
     choose(tuner_of(tmp_path))
     (file,) = tmp_path.iterdir()
@@ -312,9 +321,9 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
     assert "cannot keep measurements in" in caplog.text
 
 
-def test_buckets_are_the_nearest_powers_of_two():
-    assert [bucket(t) for t in (1, 2, 5, 6, 11, 12, 50, 65, 1500, 16384)] == [
-        1, 2, 4, 8, 8, 16, 64, 128, 2048, 16384,
+def test_buckets_are_powers_of_two_above_few_tokens_and_nearest_to_many():
+    assert [bucket(t) for t in (1, 2, 3, 5, 11, 33, 65, 181, 182, 1448, 1449, 16384)] == [
+        1, 2, 4, 8, 16, 64, 128, 128, 256, 1024, 2048, 16384,
     ]  # fmt: skip
 
 

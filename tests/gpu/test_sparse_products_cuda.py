@@ -120,7 +120,10 @@ def test_a_decode_kernel_by_name(shape, dtype, backend):
     with torch.no_grad():
         layer.adapter.up.normal_()
         w_r, bias = layer.to_dense().double(), layer.bias.double()
-        for tokens in (1, 3, 8, 9, 16, 31, 32, 33, 64):
+        most = 300 if backend == "mma" and decoding_mma.cuts_for(300, 0) else 64
+        for tokens in (1, 3, 8, 9, 16, 31, 32, 33, 64, 65, 100, 300):
+            if tokens > most:
+                continue
             x = torch.randn(tokens, shape[1] + 8, device="cuda", dtype=dtype)[:, 8:]
             slope.deactivate_adapters(layer)
             expected = x.double() @ w_r.t() + bias
@@ -140,33 +143,34 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
     exact = layer.to_dense().double()
     down = torch.randn(rank, 1600, device="cuda", dtype=torch.bfloat16) if rank else None
     up = torch.randn(320, rank, device="cuda", dtype=torch.bfloat16) if rank else None
-    for most, rows in decoding_mma._LAUNCHES.items():
-        for cut in {row.cut for row in rows}:
+    for most in (8, 16, 32, 64, 210):
+        for cut in decoding_mma.cuts_for(most, 0):
+            launch = cut._replace(splits=splits)
             x = torch.randn(most - most // 3, 1600, device="cuda", dtype=torch.bfloat16)
-            given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1
-            y = decoding_mma.decode_mma(*given, launch=cut, splits=splits)
+            given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1, launch
+            y = decoding_mma.decode_mma(*given)
             expected = x.double() @ exact.t() + layer.bias.double()
             if rank:
                 low = (x.double() @ down.double().t()).to(x.dtype).double()
                 expected += 0.1 * low @ up.double().t()
             assert error(y, expected) < ROUNDING[torch.bfloat16]
-            again = decoding_mma.decode_mma(*given, launch=cut, splits=splits)
-            assert torch.equal(y, again)
+            assert torch.equal(y, decoding_mma.decode_mma(*given))
 
 
 @pytest.mark.parametrize("rank", [0, 40])
-@pytest.mark.parametrize("tokens", [1, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 200])
 def test_a_captured_decode_kernel_equals_the_eager_one(tokens, rank):
     """Every size of a cluster, and the second launch that begins early."""
     layer = a_layer((320, 4096), values_dtype=torch.bfloat16).requires_grad_(False)
     x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
     down = torch.randn(rank, 4096, device="cuda", dtype=torch.bfloat16) if rank else None
     up = torch.randn(320, rank, device="cuda", dtype=torch.bfloat16) if rank else None
-    for splits in range(1, 10):
+    for splits in range(1, 10) if decoding_mma.cuts_for(tokens, 0) else ():
+        launch = decoding_mma.cuts_for(tokens, 0)[0]._replace(splits=splits)
 
-        def product(splits=splits):
+        def product(launch=launch):
             given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1
-            return decoding_mma.decode_mma(*given, splits=splits)
+            return decoding_mma.decode_mma(*given, launch)
 
         product()
         graph = torch.cuda.CUDAGraph()

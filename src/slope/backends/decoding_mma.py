@@ -1,27 +1,30 @@
-"""Y for a few tokens on the sparse tensor cores: ``decode.cu``, compiled when it is first needed.
+"""Y for few tokens on the sparse tensor cores: ``decode.cu``, compiled when it is first needed.
 
-Where it can be used it replaces the kernel of :mod:`.decoding`, which expands the weight and keeps
-half of the tensor cores' time for zeros. T tokens, I = d_in, O = d_out, R rank.
+Up to 64 tokens it replaces the kernel of :mod:`.decoding`, which expands the weight and keeps half
+of the tensor cores' time for zeros. Where there is wgmma it serves up to 1024 tokens: cuSPARSELt's
+kernels are made for more. T tokens, I = d_in, O = d_out, R rank.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from slope.backends import nvrtc
-from slope.backends.decoding import finish, too_many_tokens
+from slope.backends.decoding import finish
 
 _SOURCE = "decode.cu"
 _FIRST_CUDA = (12, 5)  # whose PTX has mma.sp::ordered_metadata
 _LOW_COLUMNS = 3584  # of a split of X downᵀ: longer ones outlast the blocks of W^R
 _CLUSTERS_FROM = 9  # compute capability
+_WGMMA = (9, 0)  # the compute capability that has it; later ones have another instruction
 LARGEST_CLUSTER = 8  # blocks; more are not portable
+_MOST_BLOCKS = 1300  # of a grid that is split: ten for each multiprocessor of an H200
 _MULTIPLE = 64  # of I: a copy moves 8 bytes of metadata
 
 
@@ -29,13 +32,19 @@ class MmaLaunch(NamedTuple):
     """How the launch is cut up; the constants of ``decode.cu``.
 
     Attributes:
-        token_tiles: tiles of 8 tokens; all tokens are in one block.
+        token_tiles: tiles of 8 tokens of a block.
         row_tiles: tiles of 16 outputs of a warp.
         row_warps: warps of a block along the outputs.
         column_warps: warps of a block along I, 128 columns each.
         stages: steps in flight.
-        blocks: that I is split for where there are fewer tiles; 0 never splits it.
+        splits: blocks that share the columns of one tile; no constant of the source.
         grouped: wgmma, four warps along the outputs sharing X; compute capability 9.0 alone.
+
+    Example:
+        >>> str(MmaLaunch(8, 1, 4, 2, 3, splits=2, grouped=True))
+        '8.1.4.2.3g/2'
+        >>> MmaLaunch.parse("8.1.4.2.3g/2").rows
+        64
     """
 
     token_tiles: int
@@ -43,8 +52,20 @@ class MmaLaunch(NamedTuple):
     row_warps: int
     column_warps: int
     stages: int
-    blocks: int
+    splits: int = 1
     grouped: bool = False
+
+    def __str__(self) -> str:
+        """The name under which it is kept and reported."""
+        return f"{'.'.join(map(str, self[:5]))}{'g' * self.grouped}/{self.splits}"
+
+    @classmethod
+    @functools.cache
+    def parse(cls, name: str) -> MmaLaunch:
+        """The inverse of ``str``; without splits it has one."""
+        cut, _, splits = name.partition("/")
+        tokens, tiles, rows, columns, stages = map(int, cut.rstrip("g").split("."))
+        return cls(tokens, tiles, rows, columns, stages, int(splits or 1), cut.endswith("g"))
 
     @property
     def rows(self) -> int:
@@ -63,15 +84,9 @@ class MmaLaunch(NamedTuple):
         stage = self.rows * step + 2 * tokens * step + self.rows * step // 8
         return max(self.stages * stage, 4 * self.column_warps * tokens * (self.rows + 4))
 
-    def splits(self, out_features: int, in_features: int, clusters: bool) -> int:
-        """Blocks that share the columns of one tile.
-
-        A cluster adds their sums for little; without one a second launch does, which pays from four
-        steps of each on, not from two.
-        """
-        tiles = -(-out_features // self.rows)
-        enough = in_features // ((256 if clusters else 512) * self.column_warps)
-        return max(1, min(self.blocks // tiles, enough, LARGEST_CLUSTER))
+    def parts(self, tokens: int) -> int:
+        """Blocks that share the tokens."""
+        return -(-tokens // (8 * self.token_tiles))
 
     def low_splits(self, in_features: int) -> int:
         """Blocks that share the columns of one tile of down."""
@@ -79,50 +94,22 @@ class MmaLaunch(NamedTuple):
         return max(1, min(most, in_features // (64 * self.column_warps) // 2))
 
 
-class _Best(NamedTuple):
-    """A cut and the products that it is for: the first of a list whose bounds hold."""
-
-    outputs: float
-    inputs: float
-    cut: MmaLaunch
-
-
-# For up to 8, 16, 32 and 64 tokens the fastest on an H200 of about ten cuts, split up to 8 times,
-# by 14 shapes from 768 x 768 to 50304 x 4096 (benchmarks/gpu_decode.py --cuts).
-_ANY = math.inf
-_LAUNCHES = {
-    8: (
-        _Best(2048, _ANY, MmaLaunch(1, 1, 1, 8, 3, 0)),
-        _Best(8192, _ANY, MmaLaunch(1, 1, 1, 4, 4, 0)),
-        _Best(_ANY, _ANY, MmaLaunch(1, 1, 2, 2, 3, 0)),
-    ),
-    16: (
-        _Best(2048, _ANY, MmaLaunch(2, 1, 1, 4, 4, 144)),
-        _Best(4608, 8192, MmaLaunch(2, 2, 1, 8, 3, 0)),
-        _Best(4608, _ANY, MmaLaunch(2, 1, 2, 2, 4, 256)),
-        _Best(8192, _ANY, MmaLaunch(2, 2, 2, 2, 3, 224)),
-        _Best(_ANY, 8192, MmaLaunch(2, 2, 2, 2, 3, 0)),
-        _Best(_ANY, _ANY, MmaLaunch(2, 1, 2, 2, 4, 0)),
-    ),
-    32: (
-        _Best(2048, _ANY, MmaLaunch(4, 1, 1, 4, 4, 128)),
-        _Best(4608, _ANY, MmaLaunch(4, 2, 1, 4, 3, 0)),
-        _Best(8192, _ANY, MmaLaunch(4, 2, 2, 2, 3, 224)),
-        _Best(_ANY, 8192, MmaLaunch(4, 2, 2, 2, 3, 0)),
-        _Best(16384, _ANY, MmaLaunch(4, 4, 4, 2, 2, 132)),
-        _Best(_ANY, _ANY, MmaLaunch(4, 2, 2, 2, 3, 0)),
-    ),
-    64: (
-        _Best(4608, 1024, MmaLaunch(8, 1, 2, 4, 2, 0)),
-        _Best(2048, _ANY, MmaLaunch(8, 2, 2, 2, 3, 96)),
-        _Best(4608, _ANY, MmaLaunch(8, 2, 2, 4, 2, 132)),
-        _Best(6144, _ANY, MmaLaunch(8, 2, 2, 4, 2, 0)),
-        _Best(8192, _ANY, MmaLaunch(8, 2, 4, 2, 3, 112)),
-        _Best(_ANY, 8192, MmaLaunch(8, 2, 4, 2, 3, 0)),
-        _Best(16384, _ANY, MmaLaunch(8, 2, 4, 2, 3, 216)),
-        _Best(_ANY, _ANY, MmaLaunch(8, 2, 2, 4, 2, 0)),
-    ),
+# What competes for up to so many tokens: on an H200 each was the fastest of about ten cuts at one
+# of 14 shapes from 768 x 768 to 50304 x 4096 (benchmarks/gpu_decode.py --cuts).
+_CUTS = {
+    8: "1.1.1.8.3 1.1.1.4.4 1.1.2.2.3",
+    16: "2.1.1.4.4 2.2.1.8.3 2.1.2.2.4 2.2.2.2.3",
+    32: "4.1.1.4.4 4.2.1.4.3 4.2.2.2.3",
+    64: "8.1.2.4.2 8.2.2.2.3 8.2.2.4.2 8.2.4.2.3",
 }
+_GROUPED = {
+    8: "",
+    16: "2.1.4.2.3g 2.1.4.2.4g",
+    32: "4.1.4.1.6g 4.1.4.2.3g 4.1.4.2.4g 4.2.4.2.3g",
+    64: "8.1.4.1.3g 8.1.4.1.4g 8.1.4.2.4g 8.1.8.2.3g 8.2.8.1.3g",
+    1024: "8.1.4.1.3g 8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.2g 16.1.8.1.4g",
+}
+_GROUPED_ALONE_FROM = 33  # tokens; there it was the faster one at every shape
 
 
 class _Arguments(ctypes.Structure):
@@ -139,23 +126,50 @@ class _Arguments(ctypes.Structure):
     )  # fmt: skip
 
 
-def launch_for(
-    tokens: int, out_features: int, in_features: int, shared_memory: int
-) -> MmaLaunch | None:
-    """The cut for 1 to 64 tokens.
+def cuts_for(tokens: int, device: int) -> list[MmaLaunch]:
+    """What may be compiled for a number of tokens, none of it split.
+
+    Args:
+        tokens: T.
+        device: index of the GPU.
+    """
+    names = _listed(_CUTS, tokens)
+    if _has_wgmma(device):
+        names = _listed(_GROUPED, tokens) + (names if tokens < _GROUPED_ALONE_FROM else [])
+    cuts = map(MmaLaunch.parse, names)
+    return [cut for cut in cuts if cut.shared <= _shared_memory(device)]
+
+
+def _listed(table: Mapping[int, str], tokens: int) -> list[str]:
+    return next((names.split() for most, names in table.items() if tokens <= most), [])
+
+
+def launches(tokens: int, out_features: int, in_features: int, device: int) -> list[str]:
+    """Names of the launches that compete for a product.
 
     Args:
         tokens: T.
         out_features: O.
         in_features: I.
-        shared_memory: bytes that a block may have.
-
-    Returns:
-        The table's, or another that fits into less memory; None if none does.
+        device: index of the GPU.
     """
-    rows = next(rows for most, rows in _LAUNCHES.items() if tokens <= most)
-    best = [row for row in rows if out_features <= row.outputs and in_features <= row.inputs]
-    return next((row.cut for row in (*best, *rows) if row.cut.shared <= shared_memory), None)
+    cuts = cuts_for(tokens, device)
+    return [str(launch) for launch in split(cuts, tokens, out_features, in_features)]
+
+
+def split(
+    cuts: Sequence[MmaLaunch], tokens: int, out_features: int, in_features: int
+) -> list[MmaLaunch]:
+    """Each cut as it is and split: two steps or more for each part, no more than a cluster holds.
+
+    A grid of many more blocks than a GPU has places for is not split.
+    """
+    found = []
+    for cut in cuts:
+        tiles = -(-out_features // cut.rows) * cut.parts(tokens)
+        most = min(in_features // (256 * cut.column_warps), _MOST_BLOCKS // tiles, LARGEST_CLUSTER)
+        found += [cut._replace(splits=splits) for splits in range(1, max(1, most) + 1)]
+    return found
 
 
 @functools.cache
@@ -168,6 +182,11 @@ def _shared_memory(device: int) -> int:
 def _has_clusters(device: int) -> bool:
     gpu: Any = torch.cuda.get_device_properties(device)
     return bool(gpu.major >= _CLUSTERS_FROM)
+
+
+@functools.cache
+def _has_wgmma(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == _WGMMA
 
 
 def why_no_mma(
@@ -188,8 +207,11 @@ def why_no_mma(
         values_dtype: of the values.
         device: index of the GPU.
     """
-    if reason := too_many_tokens(tokens) or _why_no_compiler():
+    if reason := _why_no_compiler():
         return reason
+    most = max(_GROUPED if _has_wgmma(device) else _CUTS)
+    if tokens > most:
+        return f"{tokens} tokens, the decode kernel takes up to {most}"
     if in_features % _MULTIPLE:
         return f"in_features={in_features} is not divisible by {_MULTIPLE}"
     if out_features % 4:
@@ -197,7 +219,7 @@ def why_no_mma(
     if values_dtype != dtype:
         names = (str(each).removeprefix("torch.") for each in (values_dtype, dtype))
         return "the kernel casts nothing, and {} values are needed as {}".format(*names)
-    if launch_for(tokens, out_features, in_features, _shared_memory(device)) is None:
+    if not cuts_for(tokens, device):
         memory = f"the GPU's {_shared_memory(device)} bytes of shared memory"
         return f"{tokens} tokens take more than {memory}"
     return None
@@ -230,15 +252,14 @@ def decode_mma(
     x: Tensor,
     values: Tensor,
     metadata: Tensor,
-    bias: Tensor | None = None,
-    down: Tensor | None = None,
-    up: Tensor | None = None,
-    scale: float = 1.0,
-    launch: MmaLaunch | None = None,
-    splits: int | None = None,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    scale: float,
+    launch: MmaLaunch,
     low_splits: int | None = None,
 ) -> Tensor:
-    """``Y = X (W^R)ᵀ + b + scale * (X downᵀ) upᵀ`` for up to 64 tokens, in one or two launches.
+    """``Y = X (W^R)ᵀ + b + scale * (X downᵀ) upᵀ`` for few tokens, in one or two launches.
 
     Blocks that share the columns of a tile form a cluster and add their sums themselves; GPUs
     without clusters (before compute capability 9.0), and more splits than a cluster may have, take
@@ -255,13 +276,13 @@ def decode_mma(
         down: (R, I), dtype of ``x``, contiguous, or None with ``up``.
         up: (O, R), dtype of ``x``, contiguous.
         scale: factor of the adapter.
-        launch: how to cut the work; None takes the table's.
-        splits: of I; None takes the launch's.
+        launch: how to cut the work, one of :func:`launches`.
         low_splits: of I for X downᵀ; None takes the launch's.
 
     Returns:
-        (T, O), dtype of ``x``. Moves the weight once, and partial sums in fp32 where the work is
-        split or an adapter is added. An operand that begins at no multiple of 16 bytes is copied.
+        (T, O), dtype of ``x``. Moves the weight once for the tokens of a block, and partial sums in
+        fp32 where the work is split or an adapter is added. An operand that begins at no multiple
+        of 16 bytes is copied.
 
     Raises:
         RuntimeError: if the kernel cannot be compiled, loaded or launched.
@@ -271,20 +292,16 @@ def decode_mma(
     if not y.numel():
         return y
     device = x.device.index
-    cut = launch or launch_for(tokens, out_features, in_features, _shared_memory(device))
-    if cut is None:
-        raise RuntimeError("no cut fits into the GPU's shared memory; ask why_no_mma first.")
-    kernel = _kernel(cut._replace(blocks=0), x.dtype, device)  # blocks are no constant of it
-    clusters = _has_clusters(device)
-    splits = splits or cut.splits(out_features, in_features, clusters)
+    kernel = _kernel(launch._replace(splits=1), x.dtype, device)
+    clusters, splits, parts = _has_clusters(device), launch.splits, launch.parts(tokens)
     rank = 0 if up is None else up.shape[1]
-    together = clusters and 1 < splits <= LARGEST_CLUSTER and kernel.holds(cut.threads, splits)
+    together = clusters and 1 < splits <= LARGEST_CLUSTER and kernel.holds(launch.threads, splits)
     cluster = splits if together else 1
     final = splits == cluster and rank == 0
     partial = low_partial = None
     if not final:
         partial = x.new_empty((splits // cluster, tokens, out_features), dtype=torch.float32)
-    low_splits = (low_splits or cut.low_splits(in_features)) if rank else 0
+    low_splits = (low_splits or launch.low_splits(in_features)) if rank else 0
     if rank:
         low_partial = x.new_empty((low_splits, tokens, rank), dtype=torch.float32)
     x = x if x.stride(0) % 8 == 0 else x.contiguous()
@@ -296,11 +313,10 @@ def decode_mma(
         x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits,
         low_splits,
     )  # fmt: skip
-    parts = -(-tokens // (8 * cut.token_tiles))
-    low_blocks = -(-rank // cut.rows) * parts * low_splits
-    blocks = -(-out_features // cut.rows) * parts * splits + -(-low_blocks // cluster) * cluster
+    low_blocks = -(-rank // launch.rows) * parts * low_splits
+    blocks = -(-out_features // launch.rows) * parts * splits + -(-low_blocks // cluster) * cluster
     stream = torch._C._cuda_getCurrentRawStream(device)
-    kernel(blocks, cut.threads, argument, stream, cluster)
+    kernel(blocks, launch.threads, argument, stream, cluster)
     if partial is not None:
         finish(partial, low_partial, up, bias, y, scale, early=clusters)
     return y

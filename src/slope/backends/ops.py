@@ -11,7 +11,7 @@ Shape letters: T tokens, I = d_in, O = d_out, R rank of an adapter.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -22,11 +22,11 @@ from slope.backends.base import AdapterTerm, SparseWeight
 from slope.backends.choices import ChoiceStore
 from slope.backends.cusparselt import layout
 from slope.backends.cusparselt.plans import TOKEN_MULTIPLE
-from slope.backends.decoding import decode, why_no_decode
-from slope.backends.decoding_mma import decode_mma, why_no_mma
+from slope.backends.decoding import MAX_TOKENS, decode, why_no_decode
+from slope.backends.decoding_mma import MmaLaunch, decode_mma, launches, why_no_mma
 from slope.backends.dense import DenseBackend
 from slope.backends.support import machine, why_no_cusparselt
-from slope.backends.tuning import Choice, ProductKey, Tuner, bucket
+from slope.backends.tuning import DECODE_PATHS, Choice, ProductKey, Tuner, bucket
 
 _REFERENCE = DenseBackend()
 _P = ParamSpec("_P")
@@ -128,26 +128,35 @@ def sparse_linear_forward(
         y = _products().matmul(operand(), x, bias, out_features, algorithm)
         return with_adapter(y)
 
-    def dense(algorithm: int | None) -> Tensor:
+    def dense(_: None) -> Tensor:
         w_r = _kernels().expand(values, metadata, None, x.dtype)
         return with_adapter(torch.nn.functional.linear(x, w_r, bias))
 
-    def triton(algorithm: int | None) -> Tensor:
+    def triton(_: None) -> Tensor:
         return decode(x, values, metadata, bias, down, up, scale)
 
-    def mma(algorithm: int | None) -> Tensor:
-        return decode_mma(x, values, metadata, bias, down, up, scale)
+    def mma(algorithm: str) -> Tensor:
+        launch = MmaLaunch.parse(algorithm)
+        if x.shape[0] <= MAX_TOKENS:
+            return decode_mma(x, values, metadata, bias, down, up, scale, launch)
+        # Partial sums in fp32 are more bytes then than Y once more.
+        return with_adapter(decode_mma(x, values, metadata, bias, None, None, scale, launch))
 
-    def search() -> int | None:
-        return _products().search(operand(), _padded(x), bias, out_features)
+    def search() -> list[int | None]:
+        return [_products().search(operand(), _padded(x), bias, out_features)]
+
+    def cuts() -> list[str]:
+        return launches(bucket(x.shape[0]), out_features, in_features, x.device.index)
 
     rank = 0 if up is None else up.shape[1]
     product = Product(
         "forward", out_features, in_features, x.shape[0], x.dtype, values.dtype,
         packed is not None, rank, only, x.device,
     )  # fmt: skip
-    paths = {"cusparselt": cusparselt, "mma": mma, "triton": triton, "dense": dense}
-    return _run(product, paths, search)
+    paths: dict[str, Callable[[Any], Tensor]] = {
+        "cusparselt": cusparselt, "mma": mma, "triton": triton, "dense": dense
+    }  # fmt: skip
+    return _run(product, paths, {"cusparselt": search, "mma": cuts})
 
 
 @_on_its_device
@@ -178,17 +187,18 @@ def sparse_input_gradient_forward(
     def cusparselt(algorithm: int | None) -> Tensor:
         return _products().matmul(operand(), dy, None, in_features, algorithm)
 
-    def dense(algorithm: int | None) -> Tensor:
+    def dense(_: None) -> Tensor:
         return dy @ _kernels().expand(values, metadata, column_mask, dy.dtype)
 
-    def search() -> int | None:
-        return _products().search(operand(), _padded(dy), None, in_features)
+    def search() -> list[int | None]:
+        return [_products().search(operand(), _padded(dy), None, in_features)]
 
     product = Product(
         "input_gradient", out_features, in_features, dy.shape[0], dy.dtype, values.dtype,
         False, 0, only, dy.device,
     )  # fmt: skip
-    return _run(product, {"cusparselt": cusparselt, "dense": dense}, search)
+    paths: dict[str, Callable[[Any], Tensor]] = {"cusparselt": cusparselt, "dense": dense}
+    return _run(product, paths, {"cusparselt": search})
 
 
 @_on_its_device
@@ -254,20 +264,20 @@ def packed_operand(values: Tensor, metadata: Tensor) -> Tensor | None:
 
 def _run(
     product: Product,
-    paths: Mapping[str, Callable[[int | None], Tensor]],
-    search: Callable[[], int | None],
+    paths: Mapping[str, Callable[[Any], Tensor]],
+    algorithms: Mapping[str, Callable[[], Sequence[Any]]],
 ) -> Tensor:
     """Do a product by the path asked for or by the fastest, known after the first call."""
     choice = _chosen().get(product)
     if choice is None:
-        choice = _choose(product, paths, search)
-    return paths[choice.path](choice.algorithm)
+        choice = _choose(product, paths, algorithms)
+    return paths[choice.path](choice.algorithms.get(choice.path))
 
 
 def _choose(
     product: Product,
-    paths: Mapping[str, Callable[[int | None], Tensor]],
-    search: Callable[[], int | None],
+    paths: Mapping[str, Callable[[Any], Tensor]],
+    algorithms: Mapping[str, Callable[[], Sequence[Any]]],
 ) -> Choice:
     only = product.only
     if not _can_measure():
@@ -279,7 +289,7 @@ def _choose(
         return Choice("dense")  # not kept: the next call may measure
     names = dict.fromkeys((*paths, only))
     refused = {name: reason for name in names if (reason := _why_not(name, product))}
-    if "mma" in paths and not {"mma", "triton"} & refused.keys() and only != "triton":
+    if "mma" in paths and not DECODE_PATHS & refused.keys() and only != "triton":
         # It takes seconds to compile for a shape, and was the slower one at every shape measured.
         refused["triton"] = "mma does the same by a faster kernel"
     wanted = {name: path for name, path in paths.items() if name not in refused}
@@ -289,7 +299,7 @@ def _choose(
             product.operation, product.out_features, product.in_features, bucket(product.tokens),
             _name(product.dtype), _name(product.values_dtype), product.aliased, product.rank,
         )  # fmt: skip
-        choice = tuner().choose(key, wanted, search)
+        choice = tuner().choose(key, wanted, algorithms)
     choice = replace(choice, path=only or choice.path, refused=refused | dict(choice.refused))
     if choice.path in choice.refused:
         raise RuntimeError(
@@ -302,11 +312,11 @@ def _choose(
 
 def _why_not(path: str, product: Product) -> str | None:
     """Reason why a path cannot do a product, or None."""
-    if path in ("mma", "triton") and product.operation != "forward":
+    if path in DECODE_PATHS and product.operation != "forward":
         return "the decode kernel does the forward alone"
     if path == "mma":
         return why_no_mma(
-            product.tokens, product.out_features, product.in_features, product.dtype,
+            bucket(product.tokens), product.out_features, product.in_features, product.dtype,
             product.values_dtype, product.device.index,
         )  # fmt: skip
     if path == "triton":

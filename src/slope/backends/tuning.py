@@ -2,8 +2,9 @@
 
 A choice belongs to (operation, shape, bucket of tokens, dtypes, GPU, library versions). Paths are
 timed as a user runs them, back to back on the current stream, so a path that keeps the host longer
-than the GPU loses where it should. Not so for a few tokens: there every path waits for the host,
-about as long, so kernels alone are timed. They are what CUDA graphs and compiled models run.
+than the GPU loses where it should. Not so where a decode kernel competes, that is for few tokens:
+there every path waits for the host, about as long, so kernels alone are timed. They are what CUDA
+graphs and compiled models run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,11 +25,13 @@ from slope.backends.decoding import MAX_TOKENS
 
 log = logging.getLogger(__name__)
 
+DECODE_PATHS = frozenset(("mma", "triton"))
 ROUNDS = 5
 CALLS_PER_ROUND = 8
 _CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about
 _LONGEST_HOST = 0.02  # seconds that the calls of a round are waited for
 _FLUSH_BYTES = 128 << 20  # twice the largest L2 cache
+_FAILURES = (RuntimeError, ValueError)  # out of memory is a RuntimeError
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,13 @@ class Choice:
 
     Attributes:
         path: its name.
-        algorithm: cuSPARSELt's algorithm id, whichever path won.
+        algorithms: what a path does it with, for those that can in several ways.
         microseconds: what was measured, by path.
         refused: paths that could not be measured, with the reason.
     """
 
     path: str
-    algorithm: int | None = None
+    algorithms: Mapping[str, Any] = field(default_factory=dict)
     microseconds: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -84,17 +87,19 @@ class Choice:
 
 
 def bucket(tokens: int) -> int:
-    """The power of two nearest to a token count, from 1.
+    """A power of two near a token count, from 1: up to 64 the next one, beyond it the nearest.
 
-    More than 64 tokens never share a bucket with fewer: the kernel for a few tokens ends there.
+    What is chosen for a few tokens has tiles for so many and no more. More than 64 tokens never
+    share a bucket with fewer.
 
     Example:
-        >>> [bucket(t) for t in (1, 3, 64, 65, 1000, 16384)]
-        [1, 4, 64, 128, 1024, 16384]
+        >>> [bucket(t) for t in (1, 3, 20, 64, 65, 1000, 16384)]
+        [1, 4, 32, 64, 128, 1024, 16384]
     """
-    below = 1 << (tokens.bit_length() - 1)
-    nearest = below if tokens * tokens < 2 * below * below else 2 * below
-    return max(nearest, 2 * MAX_TOKENS) if tokens > MAX_TOKENS else nearest
+    above = 1 << (tokens - 1).bit_length()
+    if tokens <= MAX_TOKENS or 2 * tokens * tokens >= above * above:
+        return above
+    return max(above // 2, 2 * MAX_TOKENS)
 
 
 class Tuner:
@@ -124,18 +129,19 @@ class Tuner:
     def choose(
         self,
         key: ProductKey,
-        paths: Mapping[str, Callable[[int | None], Any]],
-        search: Callable[[], int | None],
+        paths: Mapping[str, Callable[[Any], Any]],
+        algorithms: Mapping[str, Callable[[], Sequence[Any]]],
     ) -> Choice:
         """The fastest path for a product.
 
         Args:
             key: the product.
-            paths: by name; each takes an algorithm id or None and does the product once.
-            search: finds cuSPARSELt's algorithm, None for its default.
+            paths: by name; each takes an algorithm and does the product once.
+            algorithms: of a path, those that compete to be its one; values of JSON. Paths that are
+                not named have None alone.
 
         Returns:
-            The choice; a path that fails while it is measured is left out, with the reason.
+            The choice; what fails while it is measured is left out, a path with the reason.
         """
         found = self._known.get(key)
         if found is not None:
@@ -146,8 +152,7 @@ class Tuner:
             found = Choice(**on_disk)
             self._known[key] = found
             return found
-        few = key.operation == "forward" and key.tokens <= MAX_TOKENS
-        found = self._measure(paths, search, few)
+        found = self._measure(paths, algorithms, not DECODE_PATHS.isdisjoint(paths))
         self._known[key] = found
         if not found.refused:  # there may have been no memory left, which is no property of a GPU
             self._store.save(where, asdict(found))
@@ -156,28 +161,53 @@ class Tuner:
 
     def _measure(
         self,
-        paths: Mapping[str, Callable[[int | None], Any]],
-        search: Callable[[], int | None],
+        paths: Mapping[str, Callable[[Any], Any]],
+        algorithms: Mapping[str, Callable[[], Sequence[Any]]],
         kernels_alone: bool,
     ) -> Choice:
-        algorithm: int | None = None
+        chosen: dict[str, Any] = {}
         refused: dict[str, str] = {}
         ready: dict[str, Callable[[], Any]] = {}
         for name, path in paths.items():
             try:
-                chosen = None
-                if name == "cusparselt":
-                    chosen = algorithm = search()
-                call = functools.partial(path, chosen)
-                call()
-                ready[name] = call
-            except (RuntimeError, ValueError) as error:  # out of memory is a RuntimeError
+                found = algorithms[name]() if name in algorithms else (None,)
+                algorithm, call = self._fastest(path, found, kernels_alone)
+            except _FAILURES as error:
                 refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
+                continue
+            ready[name] = call
+            if name in algorithms:
+                chosen[name] = algorithm
         if not ready:
             raise RuntimeError(f"no path can do this product: {refused}")
         times = self._timer(ready, kernels_alone)
         best = min(times, key=lambda name: times[name])
-        return Choice(best, algorithm, times, refused)
+        return Choice(best, chosen, times, refused)
+
+    def _fastest(
+        self, path: Callable[[Any], Any], algorithms: Sequence[Any], kernels_alone: bool
+    ) -> tuple[Any, Callable[[], Any]]:
+        """The fastest algorithm of a path and the call with it, made once.
+
+        Raises:
+            RuntimeError: of the last algorithm, if all fail, or
+            ValueError: likewise.
+        """
+        ready: dict[Any, Callable[[], Any]] = {}
+        for algorithm in algorithms:
+            call = functools.partial(path, algorithm)
+            try:
+                call()
+            except _FAILURES:
+                if algorithm == algorithms[-1] and not ready:
+                    raise
+                continue
+            ready[algorithm] = call
+        best = next(iter(ready))
+        if len(ready) > 1:
+            times = self._timer(ready, kernels_alone)
+            best = min(times, key=lambda name: times[name])
+        return best, ready[best]
 
 
 def time_interleaved(
