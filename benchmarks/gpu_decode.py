@@ -71,7 +71,7 @@ GROUPED = {
         (2, 4, 1, 4), (2, 8, 1, 3),
     ),
 }  # fmt: skip
-LOW_SPLITS = (2, 4, 8, 16)
+LOW_SPLITS = (0, 2, 4, 8, 16)
 
 
 def main() -> None:
@@ -124,14 +124,11 @@ def cuts_of(tokens: int) -> list[MmaLaunch]:
     return [cut for cut in cuts if cut.shared <= decoding_mma._shared_memory(0)]
 
 
-def candidates(
-    out_features: int, in_features: int, tokens: int, rank: int
-) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-    """Each cut with its splits, and with an adapter with those of down."""
+def candidates(out_features: int, in_features: int, tokens: int, rank: int) -> Iterator[MmaLaunch]:
+    """Each cut with its splits; with an adapter also those of down, 0 leaves it to cuBLAS."""
     for launch in decoding_mma.split(cuts_of(tokens), tokens, out_features, in_features):
-        for low in LOW_SPLITS if rank and tokens <= MAX_TOKENS else (None,):
-            name = str(launch) if low is None else f"{launch}/{low}"
-            yield name, functools.partial(decode_mma, launch=launch, low_splits=low)
+        for low in LOW_SPLITS if rank else (0,):
+            yield launch._replace(low_splits=low)
 
 
 @torch.no_grad()
@@ -162,11 +159,11 @@ def measure(
         given = x, layer.values, layer.metadata, layer.column_mask, packed[number], None
         return ops.sparse_linear_forward(*given, down, up, 1.0, path)
 
-    def by_cut(kernel: Callable[..., Tensor], number: int) -> Tensor:
+    def by_cut(launch: MmaLaunch, number: int) -> Tensor:
         given = x, layers[number].values, layers[number].metadata, None
-        if tokens <= MAX_TOKENS:
-            return kernel(*given, down, up, 1.0)
-        return adapted(kernel(*given, None, None, 1.0))
+        if launch.low_splits:
+            return decode_mma(*given, down, up, 1.0, launch)
+        return adapted(decode_mma(*given, None, None, 1.0, launch))
 
     def all_layers(act: Callable[[int], Tensor]) -> Call:
         return over(range(len(layers)), act)
@@ -179,8 +176,8 @@ def measure(
     if options.cuts:
         expected = by_dense(0).float()
         times = {}
-        for name, kernel in candidates(out_features, in_features, tokens, rank):
-            act = functools.partial(by_cut, kernel)
+        for launch in candidates(out_features, in_features, tokens, rank):
+            name, act = str(launch), functools.partial(by_cut, launch)
             difference = (act(0).float() - expected).norm() / expected.norm()
             if not difference < 1e-2:
                 raise AssertionError(f"{out_features}x{in_features}, {name}: error {difference}")
@@ -206,9 +203,9 @@ def measure(
         median = Spread.of(timing.seconds).median / len(layers)
         faster = timing.speed_up(timings["dense"])
         moved = 2 * out_features * in_features if name == "dense" else compressed
-        launch = f" {chosen(out_features, in_features, tokens, rank)}" if name == "mma" else ""
+        taken = f" {chosen(out_features, in_features, tokens, rank)}" if name == "mma" else ""
         parts.append(
-            f"{name}{launch} {median * 1e6:.1f} us, {faster.median:.2f} x ({faster.low:.2f} to "
+            f"{name}{taken} {median * 1e6:.1f} us, {faster.median:.2f} x ({faster.low:.2f} to "
             f"{faster.high:.2f}), {moved / median * 1e-9:.0f} GB/s"
         )
     return "; ".join(parts)

@@ -118,14 +118,20 @@ def test_cuts_with_wgmma(hopper):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_launches(hopper, shape):
     for tokens in (1, 16, 64, 1024):
-        found = [MmaLaunch.parse(name) for name in launches(tokens, *shape, 0)]
+        found = [MmaLaunch.parse(name) for name in launches(tokens, *shape, 0, 0)]
         assert {one._replace(splits=1) for one in found} == set(cuts_for(tokens, 0))
         for one in found:
             assert 1 <= one.splits <= decoding_mma.LARGEST_CLUSTER
             if one.splits > 1:
                 assert 256 * one.column_warps * one.splits <= shape[1]
                 assert -(-shape[0] // one.rows) * one.parts(tokens) * one.splits <= 1300
-    assert len(launches(64, 64, 64, 0)) == len(cuts_for(64, 0))
+        # With an adapter each in two ways, for many tokens also without it.
+        low = {0, 2, 4} if tokens > 64 else {2, 4}
+        low = {ways * 2 if ways and shape[1] == 14336 else ways for ways in low}
+        ways = [MmaLaunch.parse(name) for name in launches(tokens, *shape, 24, 0)]
+        assert {one.low_splits for one in ways} == low and len(ways) == len(low) * len(found)
+        assert {one._replace(low_splits=0) for one in ways} == set(found)
+    assert len(launches(64, 64, 64, 0, 0)) == len(cuts_for(64, 0))
 
 
 def test_the_figures_of_a_cut():
@@ -133,10 +139,10 @@ def test_the_figures_of_a_cut():
     assert (cut.rows, cut.threads) == (16, 128)
     assert cut.shared == 4 * (16 * 512 + 8 * 1024 + 16 * 64)
     assert [cut.parts(tokens) for tokens in (1, 8, 9, 64)] == [1, 1, 2, 8]
-    assert [cut.low_splits(columns) for columns in (256, 1024, 9216, 14336)] == [1, 2, 2, 4]
     wide = MmaLaunch(16, 1, 8, 1, 4, splits=3, grouped=True)
     assert str(wide) == "16.1.8.1.4g/3" and MmaLaunch.parse(str(wide)) == wide
-    assert MmaLaunch.parse("1.1.1.4.4") == cut
+    assert MmaLaunch.parse("1.1.1.4.4") == cut == MmaLaunch.parse("1.1.1.4.4/1")
+    assert MmaLaunch.parse("1.1.1.4.4/2/3") == cut._replace(splits=2, low_splits=3)
 
 
 def refusal(tokens=1, shape=(64, 128), dtype=BF16, values=BF16):
@@ -219,10 +225,11 @@ def test_what_is_launched(launched, rank):
     bias = torch.zeros(64, dtype=BF16)
     down = torch.zeros(rank, 256, dtype=BF16) if rank else None
     up = torch.zeros(64, rank, dtype=BF16) if rank else None
-    y = decode_mma(x, values, metadata, bias, down, up, 0.5, MmaLaunch(1, 1, 1, 4, 4))
+    launch = MmaLaunch(1, 1, 1, 4, 4, low_splits=int(rank > 0))
+    y = decode_mma(x, values, metadata, bias, down, up, 0.5, launch)
     assert y.shape == (3, 64) and y.dtype == BF16
     ((cut, blocks, threads, argument, stream, cluster),) = seen
-    tiles = -(-64 // cut.rows) + (rank > 0)  # of 256 columns, down is not split
+    tiles = -(-64 // cut.rows) + (rank > 0)
     assert (blocks, threads, stream, cluster) == (tiles, cut.threads, 7, 1)
     assert (argument.splits, argument.low_splits) == (1, int(rank > 0))
     assert (argument.tokens, argument.outputs, argument.inputs, argument.rank) == (3, 64, 256, rank)
@@ -252,7 +259,7 @@ def test_clusters(launched, clusters, splits, rank, blocks, cluster, parts):
     metadata = torch.zeros(80, 32, dtype=torch.uint8)
     down = torch.zeros(rank, 256, dtype=BF16) if rank else None
     up = torch.zeros(80, rank, dtype=BF16) if rank else None
-    launch = MmaLaunch(1, 1, 1, 4, 4, splits)
+    launch = MmaLaunch(1, 1, 1, 4, 4, splits, low_splits=min(rank, 1))
     decode_mma(x, values, metadata, None, down, up, 1.0, launch)
     ((_, grid, threads, argument, _, together),) = seen
     assert (grid, together, finished) == (blocks, cluster, parts)
@@ -277,7 +284,7 @@ def test_more_tokens_than_a_block_takes_are_shared(launched, splits, rank, block
     metadata = torch.zeros(80, 32, dtype=torch.uint8)
     down = torch.zeros(rank, 256, dtype=BF16) if rank else None
     up = torch.zeros(80, rank, dtype=BF16) if rank else None
-    launch = MmaLaunch(1, 1, 1, 4, 4, splits)
+    launch = MmaLaunch(1, 1, 1, 4, 4, splits, low_splits=min(rank, 1))
     decode_mma(x, values, metadata, None, down, up, 1.0, launch)
     ((_, grid, _, argument, _, _),) = seen
     assert (grid, argument.tokens) == (blocks, 17)

@@ -104,17 +104,17 @@ def test_few_tokens_go_to_the_decode_kernel_in_one_call(fake, monkeypatch, rank)
     assert calls[-2:] == [(16, rank or None, 0.5 if rank else 1.0)] * 2  # before, it was measured
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("rank", "low"), [(0, ""), (3, ""), (3, "/2")])
 @pytest.mark.parametrize("tokens", [50, 90])
-def test_the_compiled_kernel_adds_the_adapter_of_few_tokens_alone(fake, monkeypatch, tokens, rank):
-    calls, offered = [], ["8.1.4.2.3g/1", "8.1.4.2.3g/2"]
+def test_the_compiled_kernel_adds_the_adapter_if_it_splits_it(fake, monkeypatch, tokens, rank, low):
+    calls, offered = [], [f"8.1.4.2.3g/1{low}", f"8.1.4.2.3g/2{low}"]
 
     def decode(x, values, metadata, bias, down, up, scale, launch):
         calls.append((str(launch), None if up is None else up.shape[1]))
         return x.new_zeros(x.shape[0], values.shape[0])
 
     def launches(number, *shape):
-        assert (number, *shape) == (64 if tokens == 50 else 128, 64, 128, None)
+        assert (number, *shape) == (64 if tokens == 50 else 128, 64, 128, rank, None)
         return offered
 
     monkeypatch.setattr(ops, "decode_mma", decode)
@@ -124,12 +124,11 @@ def test_the_compiled_kernel_adds_the_adapter_of_few_tokens_alone(fake, monkeypa
     with torch.no_grad():
         y = ops.sparse_linear(*given)
     x, down, up = given[0], *given[6:8]
-    beside = tokens > 64 and rank > 0
-    expected = 0.5 * (x @ down.t()) @ up.t() if beside else torch.zeros(tokens, 64)
+    expected = torch.zeros(tokens, 64)
+    if rank and not low:  # two products beside it
+        expected = 0.5 * (x @ down.t()) @ up.t()
     torch.testing.assert_close(y, expected.to(y.dtype), rtol=2e-2, atol=5e-2)
-    assert calls == [
-        (name, (rank or None) if tokens == 50 else None) for name in (*offered, offered[0])
-    ]
+    assert calls == [(name, rank if low else None) for name in (*offered, offered[0])]
 
 
 def test_the_device_of_the_operands_is_the_current_one_in_every_launch(fake, monkeypatch):

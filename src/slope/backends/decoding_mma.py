@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slope.backends import nvrtc
-from slope.backends.decoding import finish
+from slope.backends.decoding import MAX_TOKENS, finish
 
 _SOURCE = "decode.cu"
 _FIRST_CUDA = (12, 5)  # whose PTX has mma.sp::ordered_metadata
@@ -39,12 +39,14 @@ class MmaLaunch(NamedTuple):
         stages: steps in flight.
         splits: blocks that share the columns of one tile; no constant of the source.
         grouped: wgmma, four warps along the outputs sharing X; compute capability 9.0 alone.
+        low_splits: blocks that share the columns of one tile of down; 0 without an adapter, also no
+            constant of the source.
 
     Example:
         >>> str(MmaLaunch(8, 1, 4, 2, 3, splits=2, grouped=True))
         '8.1.4.2.3g/2'
-        >>> MmaLaunch.parse("8.1.4.2.3g/2").rows
-        64
+        >>> MmaLaunch.parse("1.1.1.8.3/1/4").low_splits
+        4
     """
 
     token_tiles: int
@@ -54,18 +56,21 @@ class MmaLaunch(NamedTuple):
     stages: int
     splits: int = 1
     grouped: bool = False
+    low_splits: int = 0
 
     def __str__(self) -> str:
         """The name under which it is kept and reported."""
-        return f"{'.'.join(map(str, self[:5]))}{'g' * self.grouped}/{self.splits}"
+        name = f"{'.'.join(map(str, self[:5]))}{'g' * self.grouped}/{self.splits}"
+        return f"{name}/{self.low_splits}" if self.low_splits else name
 
     @classmethod
     @functools.cache
     def parse(cls, name: str) -> MmaLaunch:
         """The inverse of ``str``; without splits it has one."""
-        cut, _, splits = name.partition("/")
+        cut, *rest = name.split("/")
+        splits, low_splits = (*map(int, rest), *(1, 0)[len(rest) :])
         tokens, tiles, rows, columns, stages = map(int, cut.rstrip("g").split("."))
-        return cls(tokens, tiles, rows, columns, stages, int(splits or 1), cut.endswith("g"))
+        return cls(tokens, tiles, rows, columns, stages, splits, cut.endswith("g"), low_splits)
 
     @property
     def rows(self) -> int:
@@ -87,11 +92,6 @@ class MmaLaunch(NamedTuple):
     def parts(self, tokens: int) -> int:
         """Blocks that share the tokens."""
         return -(-tokens // (8 * self.token_tiles))
-
-    def low_splits(self, in_features: int) -> int:
-        """Blocks that share the columns of one tile of down."""
-        most = max(2, in_features // _LOW_COLUMNS)
-        return max(1, min(most, in_features // (64 * self.column_warps) // 2))
 
 
 # What competes for up to so many tokens: on an H200 each was the fastest of about ten cuts at one
@@ -144,17 +144,25 @@ def _listed(table: Mapping[int, str], tokens: int) -> list[str]:
     return next((names.split() for most, names in table.items() if tokens <= most), [])
 
 
-def launches(tokens: int, out_features: int, in_features: int, device: int) -> list[str]:
+def launches(tokens: int, out_features: int, in_features: int, rank: int, device: int) -> list[str]:
     """Names of the launches that compete for a product.
+
+    With an adapter X downᵀ is split in two ways, whatever the cut; for many tokens the adapter may
+    also be left to two more products, since partial sums in fp32 are more bytes than Y once more.
 
     Args:
         tokens: T.
         out_features: O.
         in_features: I.
+        rank: R, 0 without an adapter.
         device: index of the GPU.
     """
-    cuts = cuts_for(tokens, device)
-    return [str(launch) for launch in split(cuts, tokens, out_features, in_features)]
+    found = split(cuts_for(tokens, device), tokens, out_features, in_features)
+    if rank:
+        few = max(2, in_features // _LOW_COLUMNS)
+        ways = (few, 2 * few) if tokens <= MAX_TOKENS else (0, few, 2 * few)
+        found = [launch._replace(low_splits=way) for launch in found for way in ways]
+    return [str(launch) for launch in found]
 
 
 def split(
@@ -257,7 +265,6 @@ def decode_mma(
     up: Tensor | None,
     scale: float,
     launch: MmaLaunch,
-    low_splits: int | None = None,
 ) -> Tensor:
     """``Y = X (W^R)ᵀ + b + scale * (X downᵀ) upᵀ`` for few tokens, in one or two launches.
 
@@ -276,8 +283,7 @@ def decode_mma(
         down: (R, I), dtype of ``x``, contiguous, or None with ``up``.
         up: (O, R), dtype of ``x``, contiguous.
         scale: factor of the adapter.
-        launch: how to cut the work, one of :func:`launches`.
-        low_splits: of I for X downᵀ; None takes the launch's.
+        launch: how to cut the work, one of :func:`launches`; with an adapter it splits down.
 
     Returns:
         (T, O), dtype of ``x``. Moves the weight once for the tokens of a block, and partial sums in
@@ -292,7 +298,7 @@ def decode_mma(
     if not y.numel():
         return y
     device = x.device.index
-    kernel = _kernel(launch._replace(splits=1), x.dtype, device)
+    kernel = _kernel(launch._replace(splits=1, low_splits=0), x.dtype, device)
     clusters, splits, parts = _has_clusters(device), launch.splits, launch.parts(tokens)
     rank = 0 if up is None else up.shape[1]
     together = clusters and 1 < splits <= LARGEST_CLUSTER and kernel.holds(launch.threads, splits)
@@ -301,9 +307,8 @@ def decode_mma(
     partial = low_partial = None
     if not final:
         partial = x.new_empty((splits // cluster, tokens, out_features), dtype=torch.float32)
-    low_splits = (low_splits or launch.low_splits(in_features)) if rank else 0
     if rank:
-        low_partial = x.new_empty((low_splits, tokens, rank), dtype=torch.float32)
+        low_partial = x.new_empty((launch.low_splits, tokens, rank), dtype=torch.float32)
     x = x if x.stride(0) % 8 == 0 else x.contiguous()
     x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
     down = None if down is None else _aligned(down)
@@ -311,9 +316,9 @@ def decode_mma(
     argument = _Arguments(
         *map(_pointer, (values, metadata, x, bias, down, *written)),
         x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits,
-        low_splits,
+        launch.low_splits,
     )  # fmt: skip
-    low_blocks = -(-rank // launch.rows) * parts * low_splits
+    low_blocks = -(-rank // launch.rows) * parts * launch.low_splits
     blocks = -(-out_features // launch.rows) * parts * splits + -(-low_blocks // cluster) * cluster
     stream = torch._C._cuda_getCurrentRawStream(device)
     kernel(blocks, launch.threads, argument, stream, cluster)

@@ -22,7 +22,7 @@ from slope.backends.base import AdapterTerm, SparseWeight
 from slope.backends.choices import ChoiceStore
 from slope.backends.cusparselt import layout
 from slope.backends.cusparselt.plans import TOKEN_MULTIPLE
-from slope.backends.decoding import MAX_TOKENS, decode, why_no_decode
+from slope.backends.decoding import decode, why_no_decode
 from slope.backends.decoding_mma import MmaLaunch, decode_mma, launches, why_no_mma
 from slope.backends.dense import DenseBackend
 from slope.backends.support import machine, why_no_cusparselt
@@ -137,16 +137,15 @@ def sparse_linear_forward(
 
     def mma(algorithm: str) -> Tensor:
         launch = MmaLaunch.parse(algorithm)
-        if x.shape[0] <= MAX_TOKENS:
+        if launch.low_splits:
             return decode_mma(x, values, metadata, bias, down, up, scale, launch)
-        # Partial sums in fp32 are more bytes then than Y once more.
         return with_adapter(decode_mma(x, values, metadata, bias, None, None, scale, launch))
 
     def search() -> list[int | None]:
         return [_products().search(operand(), _padded(x), bias, out_features)]
 
     def cuts() -> list[str]:
-        return launches(bucket(x.shape[0]), out_features, in_features, x.device.index)
+        return launches(bucket(x.shape[0]), out_features, in_features, rank, x.device.index)
 
     rank = 0 if up is None else up.shape[1]
     product = Product(
