@@ -123,7 +123,7 @@ def test_launches(hopper, shape):
         for one in found:
             assert 1 <= one.splits <= decoding_mma.LARGEST_CLUSTER
             if one.splits > 1:
-                assert 256 * one.column_warps * one.splits <= shape[1]
+                assert 128 * one.column_warps * one.splits <= shape[1]
                 assert -(-shape[0] // one.rows) * one.parts(tokens) * one.splits <= 1300
         # With an adapter each in two ways, for many tokens also without it.
         low = {0, 2, 4} if tokens > 64 else {2, 4}
@@ -132,6 +132,7 @@ def test_launches(hopper, shape):
         assert {one.low_splits for one in ways} == low and len(ways) == len(low) * len(found)
         assert {one._replace(low_splits=0) for one in ways} == set(found)
     assert len(launches(64, 64, 64, 0, 0)) == len(cuts_for(64, 0))
+    assert "8.1.4.1.4g/6" in launches(64, 768, 768, 0, 0)  # a step for each
 
 
 def test_the_figures_of_a_cut():

@@ -168,14 +168,14 @@ def launches(tokens: int, out_features: int, in_features: int, rank: int, device
 def split(
     cuts: Sequence[MmaLaunch], tokens: int, out_features: int, in_features: int
 ) -> list[MmaLaunch]:
-    """Each cut as it is and split: two steps or more for each part, no more than a cluster holds.
+    """Each cut as it is and split: a step or more for each part, no more than a cluster holds.
 
     A grid of many more blocks than a GPU has places for is not split.
     """
     found = []
     for cut in cuts:
         tiles = -(-out_features // cut.rows) * cut.parts(tokens)
-        most = min(in_features // (256 * cut.column_warps), _MOST_BLOCKS // tiles, LARGEST_CLUSTER)
+        most = min(in_features // (128 * cut.column_warps), _MOST_BLOCKS // tiles, LARGEST_CLUSTER)
         found += [cut._replace(splits=splits) for splits in range(1, max(1, most) + 1)]
     return found
 
