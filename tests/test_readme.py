@@ -80,6 +80,8 @@ def test_every_command_line_is_right(words):
         import_module(f"slope.cli.{words[1]}").parse(rest[1:])
     elif program in ("python", "bash"):
         assert (ROOT / rest[0]).is_file()
+    elif program == "torchrun":
+        assert (ROOT / next(word for word in rest if word.endswith(".py"))).is_file()
     else:
         assert program == "slope" and rest[0] in ("plot", "report", "inspect", "completion"), (
             f"nobody checks {program!r}"
