@@ -313,6 +313,30 @@ def test_plot_draws_several_runs_into_one_picture(
     assert not Path("none").exists()
 
 
+@pytest.mark.parametrize("command", ["plot", "report", "eval"])
+def test_a_result_that_could_not_be_written_is_found_first(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("logs", "a").mkdir(parents=True)
+    Path("logs", "a", "metrics.csv").write_text("step,train/loss\n1,5\n2,4\n")
+    words = ["--tasks", "none"] if command == "eval" else []
+    name = "a.md" if command == "eval" else "a.svg"
+    assert cli.main([command, "a", "--output", f"file/{name}", *words]) == 1
+    assert (
+        f"'file' is no folder; give another --output than file/{name}." in capsys.readouterr().err
+    )
+    Path("closed").mkdir()
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: path != Path("closed") and access(path, mode)
+    )
+    assert cli.main([command, "a", "--output", f"closed/{name}", *words]) == 1
+    assert "nothing may be written into 'closed'; give another" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["plot", "report"])
 def test_a_run_that_is_not_there_is_a_failure(
     command: str,

@@ -94,6 +94,14 @@ def test_compress_refuses_a_mask_without_exactly_n_per_group(row):
         compressed.compress(torch.randn(1, 8), keep, pattern)
 
 
+@pytest.mark.parametrize("in_features", [12, 14, 18, 32])
+def test_decompress_refuses_another_width(in_features):
+    weight, keep = torch.arange(16.0).view(1, 16), torch.tensor([[True, False] * 8])
+    packed = compressed.compress(weight, keep, slope.NMPattern(2, 4))
+    with pytest.raises(ValueError, match=f"8 values of a row .* in_features=16, not {in_features}"):
+        compressed.decompress(*packed, slope.NMPattern(2, 4), in_features)
+
+
 def test_compress_does_not_share_memory_with_the_weight():
     pattern, weight, keep = random_case("2:4", 4, 2, 0)
     packed = compressed.compress(weight, keep, pattern)

@@ -225,6 +225,11 @@ def test_mistake_is_named(override: str, message: str) -> None:
 def test_a_name_is_taken_as_it_was_typed(name: str) -> None:
     cfg = configs.compose([f"name={name}"])
     assert (cfg.name, cfg.paths.log_dir) == (name, f"./logs/{name}")
+    assert configs.compose([f"init_from={name}"]).init_from == name
+
+
+def test_no_experiment_is_the_default() -> None:
+    assert configs.compose(["experiment=null"]) == configs.compose([])
 
 
 POLYNOMIAL = "scheduler=polynomial_warmup"

@@ -848,3 +848,12 @@ def test_wanda_mask_is_the_row_mask_of_weight_times_feature_norm():
         assert torch.equal(layer.keep_mask(), keep)
         assert torch.equal(layer.to_dense(), weight * keep)
     assert not torch.equal(model[0].keep_mask(), oracle.row_keep(weights[0], 2, 4))
+
+
+def test_a_lazy_layer_is_refused_before_anything_is_changed():
+    model = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(16))
+    with pytest.raises(ValueError, match="layer '1' is lazy .* call the model on an example first"):
+        slope.sparsify(model)
+    assert type(model[0]) is nn.Linear
+    model(torch.randn(2, 16))
+    assert len(slope.sparsify(model).sparse) == 2

@@ -133,7 +133,16 @@ def decompress(values: Tensor, metadata: Tensor, pattern: NMPattern, in_features
 
     Returns:
         (O, I), dtype of ``values``.
+
+    Raises:
+        ValueError: if so many values are not those of I columns.
     """
+    kept = values.shape[-1]
+    if kept * pattern.m != in_features * pattern.n:
+        raise ValueError(
+            f"{kept} values of a row with pattern {pattern} are those of in_features="
+            f"{kept * pattern.m // pattern.n}, not {in_features}."
+        )
     columns = column_indices(metadata, pattern, in_features)
     return values.new_zeros(values.shape[0], in_features).scatter(1, columns, values)
 

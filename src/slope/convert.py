@@ -68,8 +68,8 @@ def sparsify(
     Raises:
         ValueError: if no layer matched, a skip pattern or rule matches nothing, a size is not
             divisible by m, an adapter's rank does not fit, a bias is no parameter, calibration
-            batches are missing or not wanted, or the model is sparse already, or wrapped for
-            training. Nothing has been changed then.
+            batches are missing or not wanted, or the model is sparse already, lazy, or wrapped
+            for training. Nothing has been changed then.
     """
     config = _checked(config)
     if any(True for _ in adapted_layers(model)):
@@ -84,6 +84,7 @@ def sparsify(
         )
     _check_calibration(model, config, calibration)
     linears = {name: module for name, module in model.named_modules() if is_linear_like(module)}
+    _check_initialised(linears)
     _check_patterns_match(linears, config)
     plan = {name: _decide(model, name, module, config) for name, module in linears.items()}
     chosen = {name: pattern for name, (pattern, _) in plan.items() if pattern is not None}
@@ -239,6 +240,14 @@ def _check_unwrapped(model: nn.Module) -> None:
             "the model has adapters of peft, which would be pruned with it; call "
             "slope.sparsify(model) before get_peft_model(), or on model.merge_and_unload()."
         )
+
+
+def _check_initialised(linears: Mapping[str, nn.Module]) -> None:
+    for name, module in linears.items():
+        if any(map(torch.nn.parameter.is_lazy, module.parameters(recurse=False))):
+            raise ValueError(
+                f"layer {name!r} is lazy and has no weight yet; call the model on an example first."
+            )
 
 
 def _check_patterns_match(linears: Mapping[str, nn.Module], config: SparsityConfig) -> None:

@@ -7,6 +7,25 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def check_folder_of(path: Path) -> None:
+    """Find before the work that a result could not be written.
+
+    Raises:
+        FileNotFoundError: if its folder is missing.
+        NotADirectoryError: if that is a file.
+        PermissionError: if nothing may be written there.
+    """
+    folder = path.parent
+    if not os.path.lexists(folder):
+        raise FileNotFoundError(f"no folder '{folder}' for --output {path}; make it.")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"'{folder}' is no folder; give another --output than {path}.")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(
+            f"nothing may be written into '{folder}'; give another --output than {path}."
+        )
+
+
 def sync_file(file: IO[Any]) -> None:
     """Wait until all that was written to an open file is on the disk."""
     file.flush()

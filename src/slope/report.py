@@ -17,6 +17,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from slope.disk import check_folder_of
 from slope.plotting import curves, masks
 from slope.plotting.runs import TOTAL, Run, in_words, number, read_runs
 
@@ -94,8 +95,8 @@ def write_report(
     path = folder / FILE if output is None else Path(output)
     if path.exists() and not force:
         raise FileExistsError(f"'{path}' exists; give --force to replace it, or another --output.")
-    if output is not None and not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder '{path.parent}' for --output {output}; make it.")
+    if output is not None:
+        check_folder_of(path)
     (run,) = read_runs([folder])
     figures = {
         "Loss, perplexity, learning rate, gradient norm, throughput and memory": curves.draw([run]),

@@ -11,6 +11,7 @@ from typing import Any
 
 from slope.cli import common
 from slope.cli.generate import EPILOG_CHECKPOINT, add_source, open_source, prepared
+from slope.disk import check_folder_of
 
 ABOUT = "perplexity and zero-shot tasks of checkpoints, side by side"
 _EPILOG = f"""\
@@ -138,8 +139,7 @@ def _check_paths(options: Namespace) -> None:
     for path in options.output:
         if path.exists() and not options.force:
             raise FileExistsError(f"'{path}' exists; give another name, or type --force.")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"no folder '{path.parent}' for --output {path}; make it.")
+        check_folder_of(path)
     for path in options.data:
         if not path.is_file():
             raise FileNotFoundError(f"no file '{path}' to evaluate on; give an existing one.")

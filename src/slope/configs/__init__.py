@@ -106,7 +106,8 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         key = override.key_or_group
         if key in known_groups and not override.is_delete():
             _check_choice(override)
-            structural.append(override)
+            if override.value() is not None:  # experiment=null is what holds without it
+                structural.append(override)
         elif override.is_add() or override.is_force_add() or override.is_delete():
             if override.is_delete():
                 _check_delete(override)
@@ -229,7 +230,7 @@ def _check_value(cfg: DictConfig, known: set[str], override: Override) -> Any:
         )
     if isinstance(value, str) and "${" in value:
         return value
-    if key == "name" and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if key in _NAMES and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(override.input_line).partition("=")[2].strip()  # 1e5 may be the name of a commit
     default = None if node._is_missing() else OmegaConf.select(cfg, key)
     kinds = _KINDS.get(key) or _kinds_like(default)
@@ -257,6 +258,7 @@ def _known_key_like(key: str, known: set[str]) -> str:
     return did_you_mean(name, (other for other in known if other.rpartition(".")[2] == name))
 
 
+_NAMES = ("name", "init_from")
 _KIND_NAMES = {
     bool: "True or False",
     int: "a whole number",

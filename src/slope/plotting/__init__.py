@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slope.disk import check_folder_of
 from slope.plotting import curves, masks
 from slope.plotting.runs import AGAINST, read_runs
 
@@ -73,8 +74,7 @@ def plot_runs(
     for file in (*_both(path), *_both(second)):
         if file.exists() and not force:
             raise FileExistsError(f"'{file}' exists; give --force to replace it, or another name.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder '{path.parent}' for --output {output}; make it.")
+    check_folder_of(Path(output))
     return _draw(log_dirs, path, second, against)
 
 
