@@ -857,3 +857,28 @@ def test_a_lazy_layer_is_refused_before_anything_is_changed():
     assert type(model[0]) is nn.Linear
     model(torch.randn(2, 16))
     assert len(slope.sparsify(model).sparse) == 2
+
+
+def test_s_ste_is_compressed_where_magnitudes_tie():
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, 1.0, 1.0, 0.5]).repeat(16, 4))
+        model[0].weight[3] = 0
+        model[0].weight[4] = torch.tensor([3.0, 1.0, 1.0, 0.5]).repeat(4)
+    slope.sparsify(model, slope.SparsityConfig(method="s-ste"))
+    x = torch.randn(3, 16, requires_grad=True)
+    y = model(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    slope.compress_weights(model)
+    assert isinstance(model[0], slope.SlopeLinear) and not model[0].prune_backward
+    torch.testing.assert_close(model(x), y)
+    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), x)[0], gradient)
+
+
+def test_compression_keeps_an_exact_backward_exact():
+    model = nn.Sequential(nn.Linear(16, 16))
+    slope.sparsify(model, slope.SparsityConfig(method="dynamic-weight", prune_backward=False))
+    x = torch.randn(3, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    slope.compress_weights(model)
+    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), x)[0], gradient)

@@ -531,3 +531,36 @@ def test_a_single_layer_takes_over_and_keeps_its_hooks_and_its_frozen_bias(tmp_p
     assert torch.equal(slope.load_pretrained(tmp_path / "m", model=other)(x), layer(x))
     assert seen == ["called"]
     assert [name for name, p in other.named_parameters() if p.requires_grad] == ["values"]
+
+
+def test_what_was_loaded_for_inference_is_saved_and_trains_on(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    slope.sparsify(model)
+    slope.save_pretrained(model, tmp_path / "a")
+    frozen = slope.load_pretrained(tmp_path / "a", copy.deepcopy(model), training=False)
+    slope.save_pretrained(frozen, tmp_path / "b")
+    again = slope.load_pretrained(tmp_path / "b", copy.deepcopy(model))
+    assert torch.equal(again[0].column_mask, model[0].column_mask)
+
+
+def test_a_parameter_of_a_sparse_layer_in_two_places_is_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].bias = model[0].bias
+    slope.sparsify(model)
+    with pytest.raises(ValueError, match=r"'0.bias' and '1.bias' are one parameter"):
+        slope.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_weights_and_averaged_masks_are_refused(tmp_path):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 16))
+    slope.sparsify(model)
+    with pytest.raises(ValueError, match="layer '0' is on the meta device and has no weights"):
+        slope.save_pretrained(model, tmp_path / "out")
+    trained = nn.Sequential(nn.Linear(16, 16))
+    slope.sparsify(trained)
+    averaged = torch.optim.swa_utils.AveragedModel(trained, use_buffers=True)
+    with pytest.raises(ValueError, match="has averaged the masks, .*; leave use_buffers away"):
+        slope.save_pretrained(averaged, tmp_path / "out")
+    slope.save_pretrained(torch.optim.swa_utils.AveragedModel(trained), tmp_path / "out")

@@ -12,6 +12,7 @@ projections of OPT-350m and ALBERT, or T5's q, k and v, are sparse unless skip o
 from __future__ import annotations
 
 import difflib
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -32,7 +33,7 @@ from slope.layers import (
     pruned_layers,
 )
 from slope.linear import AdaptedLinear, SlopeLinear, check_divides, dense_weight
-from slope.masks import random_row_keep_mask, row_keep_mask, transposable_keep_mask
+from slope.masks import random_row_keep_mask, row_keep_mask, top_n, transposable_keep_mask
 from slope.methods import Method, PrunedLinear, make_method
 from slope.pattern import NMPattern
 from slope.sparsity import SparsityReport, report_with
@@ -175,11 +176,14 @@ def compress_weights(model: nn.Module, fold_adapters: bool = False) -> nn.Module
         raise ValueError(
             "compress_weights() found no PrunedLinear; SlopeLinear is compressed already."
         )
-    to_dense = [(name, layer) for name, layer in layers if not _compressible(layer)]
+    to_dense = [(name, layer) for name, layer in layers if not compressible(layer)]
     if not fold_adapters:
         _check_no_active_adapter(to_dense, "compress_weights")
-    for name, layer in layers:
-        new = _compressed_from(layer) if _compressible(layer) else _dense_from(layer)
+    made = {
+        name: _compressed_from(layer) if compressible(layer) else _dense_from(layer)
+        for name, layer in layers
+    }
+    for name, new in made.items():
         _replace(model, name, new)
     return model
 
@@ -426,12 +430,17 @@ def _check_no_active_adapter(layers: Iterable[tuple[str, AdaptedLinear]], caller
             )
 
 
-def _compressible(layer: PrunedLinear) -> bool:
+def compressible(layer: PrunedLinear) -> bool:
+    """Whether the forward's weight is n:m along d_in, so that a :class:`slope.SlopeLinear` fits."""
     return layer.method.row_pruned and not layer.dense
 
 
 def _compressed_from(layer: PrunedLinear) -> SlopeLinear:
     keep_mask, _ = layer.masks()
+    if not layer.weight.is_meta:
+        # S-STE keeps fewer where magnitudes tie; the places that are missing hold zeros.
+        magnitude = layer.weight.detach().abs().masked_fill(keep_mask, math.inf)
+        keep_mask = top_n(magnitude, layer.pattern, dim=1)
     compressed = SlopeLinear(
         layer.in_features,
         layer.out_features,
@@ -439,6 +448,8 @@ def _compressed_from(layer: PrunedLinear) -> SlopeLinear:
         pattern=layer.pattern,
         device="meta",
         dtype=layer.weight.dtype,
+        # The others' input gradient takes the forward's weight.
+        prune_backward=getattr(layer.method, "prune_backward", False),
     )
     if not layer.weight.is_meta:
         compressed.to_empty_sparse(layer.weight.device)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ABOUT = "show what is sparse in a checkpoint or model, and check its masks"
 _EPILOG = f"""\
 CHECKPOINT is the name of a run, a .ckpt file, a folder that holds some, or a folder of
-save_pretrained. MODEL is overrides as for `slope train`, or the name of a model, then with
+slope.save_pretrained. MODEL is overrides as for `slope train`, or the name of a model, then with
 pruner=slope unless a pruner is given; it is built without weights, so nothing is measured. Nothing
 is unpickled. Exit code 1 if a layer breaks its n:m constraint.
 
@@ -123,6 +123,11 @@ def _checkpoint(given: str) -> Path | None:
             return path
     if "=" in given or given in configs.choices("model"):
         return None
+    if (Path(given) / "config.json").is_file():
+        raise ValueError(
+            f"{given} is a folder for transformers, whose weights are dense; `slope inspect` reads "
+            "runs, checkpoints and what slope.save_pretrained or `slope export` to slope wrote."
+        )
     runs = sorted(path.name for path in Path("checkpoints").glob("*") if _holds_weights(path))
     there = f"Runs under checkpoints/: {', '.join(runs)}" if runs else "No run under checkpoints/"
     near = did_you_mean(given, [*runs, *configs.choices("model")])

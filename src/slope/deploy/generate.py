@@ -128,6 +128,13 @@ def generate(
             pad_token_id=padding,
             cache_implementation="static",
             disable_compile=True,  # the first minute of each process would go into compiling
+            # Whatever the folder's generation_config.json says: Sampling is all there is.
+            num_beams=1,
+            num_return_sequences=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            min_length=0,
+            min_new_tokens=None,
             streamer=None if on_text is None else _streamer(tokenizer, on_text),
             **draws,
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from slope.convert import compress_weights, compressible
 from slope.data.tokenizer import other_word
 from slope.deploy import published
 from slope.deploy.adapted import attach
@@ -31,6 +32,7 @@ from slope.export.load import (
 )
 from slope.export.lora import ADAPTER_CONFIG, lora_beside, read_lora
 from slope.export.save import vocabulary, vocabulary_sha256
+from slope.layers import pruned_layers
 
 log = logging.getLogger(__name__)
 
@@ -357,7 +359,13 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def cast(model: Any, dtype: torch.dtype) -> None:
-    """Convert the parameters; computed buffers (rotary frequencies) keep their precision."""
+    """Convert the parameters; computed buffers (rotary frequencies) keep their precision.
+
+    A method that prunes while it trains does so before, else it would choose by rounded weights.
+    """
+    pruned = [layer for _, layer in pruned_layers(model)]
+    if pruned and all(map(compressible, pruned)):
+        compress_weights(model)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

@@ -84,12 +84,22 @@ def layer_from(entry: dict[str, Any], dtype: torch.dtype, backend: str) -> Slope
 
 
 def _keeps_column_mask(layer: SlopeLinear) -> bool:
-    """Whether the file has to hold the column mask: it may be older than the values."""
+    """Whether the file has to hold the column mask: it may be older than the values.
+
+    A mask that breaks the pattern was never chosen: :func:`decode` leaves it so for inference.
+    """
+    if layer.prune_backward and _crowded(layer):
+        return False
     fresh = copy.copy(layer)
     fresh._buffers = dict(layer._buffers)
     fresh.column_mask = layer.column_mask.clone()
     fresh.refresh_column_mask()
     return not torch.equal(fresh.column_mask, layer.column_mask)
+
+
+def _crowded(layer: SlopeLinear) -> bool:
+    kept = layer.column_keep_mask().unflatten(0, (-1, layer.pattern.m)).sum(1)
+    return bool((kept > layer.pattern.n).any())
 
 
 def expected_shapes(layer: SlopeLinear, entry: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -177,8 +187,7 @@ def decode(name: str, layer: SlopeLinear, tensors: dict[str, Tensor], training: 
     layer.metadata = _metadata(name, layer, tensors["bitmask"])
     if "column_mask" in tensors:
         layer.column_mask = tensors["column_mask"]
-        crowded = layer.column_keep_mask().unflatten(0, (-1, pattern.m)).sum(1) > pattern.n
-        if layer.prune_backward and bool(crowded.any()):
+        if layer.prune_backward and _crowded(layer):
             raise ValueError(
                 f"the column mask of layer {name!r} keeps more than {pattern.n} of {pattern.m} "
                 "along d_out; the file is damaged, export it again."

@@ -48,8 +48,8 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: if the model has no sparse layer or one that is not compressed yet, or holds
-            state that is no tensor.
+        ValueError: if the model has no sparse layer or one that is not compressed yet, shares one
+            or a parameter of one, has no weights, averages masks, or holds state that is no tensor.
         FileExistsError: if the folder holds something already.
         OSError: if it cannot be written, for instance on a full disk.
     """
@@ -65,6 +65,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     inner: Any = model
     parallel = nn.parallel.DistributedDataParallel, nn.DataParallel
     if isinstance(model, (*parallel, torch.optim.swa_utils.AveragedModel)):
+        if getattr(model, "use_buffers", False):
+            raise ValueError(
+                "AveragedModel(use_buffers=True) has averaged the masks, which are no numbers; "
+                "leave use_buffers away."
+            )
         inner = model.module
     elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
         inner = model._orig_mod
@@ -89,6 +94,12 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "with its own save_pretrained() or torch.save(model.state_dict(), …)."
         )
     _check_not_shared(model)
+    empty = next((name for name, layer in layers.items() if layer.values.is_meta), None)
+    if empty is not None:
+        raise ValueError(
+            f"layer {empty!r} is on the meta device and has no weights to save; load or initialise "
+            "them first."
+        )
     entries = {name: describe(layer) for name, layer in layers.items()}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -129,6 +140,14 @@ def _check_not_shared(model: nn.Module) -> None:
                     f"layers {first!r} and {name!r} are one SlopeLinear; sharing a sparse layer "
                     "cannot be saved. Give each place a layer of its own."
                 )
+    names: dict[int, str] = {}
+    inside = {id(p) for _, layer in sparse_layers(model) for p in layer.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside and names.setdefault(id(parameter), name) != name:
+            raise ValueError(
+                f"{names[id(parameter)]!r} and {name!r} are one parameter, and one of a sparse "
+                "layer; that cannot be saved. Give each its own."
+            )
 
 
 def _dense_tensors(model: nn.Module, inside: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

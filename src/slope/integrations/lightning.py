@@ -54,6 +54,12 @@ class SlopeCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out how long the run is."""
+        if len(trainer.optimizers) > 1:
+            raise ValueError(
+                f"SlopeCallback follows the steps of one optimizer, and this run has "
+                f"{len(trainer.optimizers)}; give one parameter groups, or call a SlopeSchedule "
+                "yourself (docs/integrations.md)."
+            )
         check_run(pl_module, trainer.optimizers, dense=self._settings[0] is None)
         self._masks = MaskLog(pl_module) if self._diagnostics else None
         self._measured = trainer.global_step
