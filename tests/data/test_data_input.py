@@ -412,3 +412,73 @@ def test_hub_source_defaults():
     assert read({"dataset": "c4", "hub": {"path": "my/c4"}}).hub == HubSource("my/c4")
     assert read({"dataset": "demo", "hub": {"path": None}}).hub is None
     assert tokenizers_of_slope.MIN_BPE_VOCABULARY == 257
+
+
+def test_xz_streams_follow_each_other_and_none_is_lost(tmp_path):
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in documents(6)]
+    one, two = lzma.compress(b"".join(lines[:3])), lzma.compress(b"".join(lines[3:]))
+    path = tmp_path / "data.jsonl.xz"
+    path.write_bytes(one + bytes(8) + two)  # padded
+    assert texts_of(path) == documents(6)
+    for damaged in (one + b"x" + two, one + b"\xfe" + two[1:], one + two[:-8]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is truncated or damaged after line [36]"):
+            texts_of(path)
+
+
+def test_folders_that_are_links_are_read_and_each_file_once(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    outside.mkdir()
+    folder.mkdir()
+    one = write_jsonl(folder / "a.jsonl", documents(2))
+    two = write_jsonl(outside / "b.jsonl", documents(3))
+    (folder / "link").symlink_to(outside)
+    (folder / "again").symlink_to(outside)
+    (outside / "loop").symlink_to(folder)
+    (folder / "c.jsonl").symlink_to(one)
+    found = files.find_files([str(folder), str(one)])
+    assert sorted(path.resolve() for path in found) == sorted([one.resolve(), two.resolve()])
+
+
+def test_the_held_back_document_is_in_one_split_though_it_comes_twice(tmp_path):
+    texts = [f"document {i} unique words {i * i}" for i in range(30)]
+    paths = [write_jsonl(tmp_path / name, texts) for name in ("a.jsonl", "b.jsonl")]
+    data = prepare(config(tmp_path, paths, max_length=4, val_ratio=0.0005))
+    splits = [
+        data.tokenizer.decode([int(i) for row in split for i in row])
+        for split in (data.train, data.val)
+    ]
+    held = [text for text in texts if text in splits[1]]
+    assert len(held) == 1 and held[0] not in splits[0]
+
+
+def test_the_kind_of_a_file_is_no_piece_of_its_name(tmp_path):
+    one = write_jsonl(tmp_path / "a.jsonl", documents(2))
+    two = write_jsonl(tmp_path / "a.2026.v2.jsonl", documents(2))
+    identities = [corpora.LocalCorpus((path,), "text").identity(tmp_path) for path in (one, two)]
+    assert identities[0] == identities[1]
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "9" * 5000])
+def test_json_that_python_does_not_read_is_named_with_its_line(tmp_path, value):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a b c"}\n{"text": "d e f", "m": ' + value + "}\n")
+    with pytest.raises(ValueError, match="line 2 cannot be read .*; repair the line or take it"):
+        texts_of(path)
+
+
+def test_columns_of_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path, texts = tmp_path / "data.parquet", documents(3)
+    nested = pyarrow.array([{"x": 1}] * 3)
+    pyarrow.parquet.write_table(pyarrow.table({"meta": nested, "meta.x": texts}), path)
+    assert texts_of(path, "meta.x") == texts
+    coded = pyarrow.array(texts).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": coded}), path)
+    assert texts_of(path) == texts
+    twice = pyarrow.table([pyarrow.array(texts)] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(ValueError, match="has 2 columns 'text'; rename all but one"):
+        texts_of(path)

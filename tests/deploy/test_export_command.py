@@ -88,6 +88,15 @@ def test_methods_without_compressed_layers(make_run, capsys):
     assert export("srste", "--format", "slope", "--output", "out") == 0
     slope.compress_weights(model)
     assert_equal_states(slope.load_pretrained("out"), model)
+    model = make_run("sste", "pruner=s-ste", "pruner.add_lora=False")
+    assert export("sste", "--format", "slope", "--dtype", "bfloat16", "--output", "rounded") == 0
+    slope.compress_weights(model)  # what is pruned is chosen before anything is rounded
+    rounded = slope.load_pretrained("rounded")
+    for (_, one), (_, other) in zip(
+        slope.sparse_layers(model), slope.sparse_layers(rounded), strict=True
+    ):
+        assert torch.equal(one.values.bfloat16(), other.values)
+        assert torch.equal(one.metadata, other.metadata)
     make_run("dense", "pruner=none")
     line = error_of(capsys, "dense", "--format", "slope", "--output", "none")
     assert "is dense, so there is nothing to compress; type --sparsify magnitude" in line

@@ -57,6 +57,16 @@ def test_text_is_streamed_and_a_seed_repeats_it(make_model, tokenizer):
     assert generate(model, tokenizer, ["the city"], other).texts != done.texts
 
 
+def test_settings_that_came_with_the_model_do_not_steer(make_model, tokenizer):
+    model = make_model()
+    expected = generate(model, tokenizer, PROMPTS, GREEDY).texts
+    model.generation_config.num_beams = model.generation_config.num_return_sequences = 2
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.no_repeat_ngram_size = 1
+    assert generate(model, tokenizer, PROMPTS, GREEDY).texts == expected
+    assert generate(model, tokenizer, ["a"], GREEDY, lambda text: None).texts == expected[1:2]
+
+
 def test_a_folded_model_says_the_same(make_model, tokenizer):
     model = make_model("llama")
     sparse = generate(model, tokenizer, PROMPTS, GREEDY)

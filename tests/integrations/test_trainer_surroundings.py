@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,3 +286,13 @@ def test_an_accumulation_that_changes_leaves_the_length_of_the_run_open():
     model = tiny()
     lightning(model, SlopeCallback(12, **HALF), every, **changing)
     assert slope.adapters_active(model)
+
+
+def test_lightning_with_two_optimizers_is_refused():
+    pytest.importorskip("pytorch_lightning")
+    from slope.integrations.lightning import SlopeCallback
+
+    model = tiny()
+    trainer = SimpleNamespace(optimizers=[optimizer_of(model), optimizer_of(model)])
+    with pytest.raises(ValueError, match="follows the steps of one optimizer, and this run has 2"):
+        SlopeCallback(**HALF).on_train_start(trainer, model)

@@ -92,6 +92,7 @@ _RANGES: dict[str, tuple[_Whole | _Number, str]] = {
     "datamodule.batch_size_eval": (_COUNT, "16"),
     # One token to read, one to predict.
     "datamodule.max_length": (_Whole(2), "1024"),
+    "datamodule.max_documents": (_Whole(1, null=True), "null for all"),
     "datamodule.val_split_seed": (_SEED, "2357"),
     "trainer.num_nodes": (_COUNT, "1"),
     # Tokens are counted in 64 bits.

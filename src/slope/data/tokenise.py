@@ -39,7 +39,10 @@ class _Document(NamedTuple):
 
 
 def training_texts(corpus: Corpus, config: DataConfig, bar: TokenProgress) -> Iterator[str]:
-    """The texts that are not for validation; a tokenizer may be trained on them."""
+    """The texts that are not for validation; a tokenizer may be trained on them.
+
+    In a small corpus the document that :func:`write_splits` holds back is among them.
+    """
     limit = int(config.val_ratio * 2**64)
     for text, number, position in _documents(corpus, config):
         bar.advance(position)
@@ -58,12 +61,13 @@ def write_splits(
 ) -> dict[str, dict[str, Any]]:
     """Tokenise every document into its split.
 
-    The document with the smallest number so far is held back: it becomes the validation split
-    where no number is below ``val_ratio``, so that a small corpus has one document of it; otherwise
-    it is trained on, later than its place in the corpus.
+    The document with the smallest number so far is held back, with its copies: it becomes the
+    validation split where no number is below ``val_ratio``, so that a small corpus has one document
+    of it; otherwise it is trained on, later than its place in the corpus.
     """
     limit = int(config.val_ratio * 2**64)
-    held: tuple[NDArray[Any], int] | None = None
+    held: NDArray[Any] = np.empty(0, dtype)
+    smallest, copies = 2**64, 0
     encoded = _encoded(_documents(corpus, config), tokenizer.backend, tokenizer.eos_token_id, dtype)
     with (
         # Left to the garbage collector after an error, its threads could be joined anywhere.
@@ -76,14 +80,17 @@ def write_splits(
             bar.advance(position)
             if number < limit:
                 val.write(tokens)
-            elif val.documents == 0 and (held is None or number < held[1]):
-                if held is not None:
-                    train.write(held[0])
-                held = tokens, number
+            elif number == smallest:
+                copies += 1
+            elif val.documents == 0 and number < smallest:
+                for _ in range(copies):
+                    train.write(held)
+                held, smallest, copies = tokens, number, 1
             else:
                 train.write(tokens)
-        if held is not None:
-            (train if val.documents else val).write(held[0])
+        split = train if val.documents else val
+        for _ in range(copies):
+            split.write(held)
     return {"train": train.entry(), "val": val.entry()}
 
 
