@@ -187,7 +187,17 @@ def test_what_is_assumed_is_said(capsys):
     assert "450 GB/s each way" in many.notes[-2]
 
 
+def test_a_batch_far_beyond_the_memory_is_answered_at_once():
+    found = estimated("model=gpt2-small", "batch=1000000000")
+    batch = int(found.advice[0].split()[0].removeprefix("batch="))
+    usable = found.request.rates.usable_memory
+    for size, fits in ((batch, True), (batch + 1, False)):
+        own = estimated("model=gpt2-small", f"batch={size}").sparse
+        assert own.fits is fits and (own.training.total <= usable) is fits
+
+
 def test_a_recipe_brings_its_batch():
+    assert parse(["experiment=owt/gpt2s", "devices=7", "accumulate=1"]).accumulate == 1
     request = parse(["experiment=owt/gpt2s", "devices=4"])
     assert request.seq == 1024
     assert request.batch * request.accumulate * 4 == 512
@@ -216,6 +226,7 @@ def test_a_recipe_brings_its_batch():
         (["model=opt-125m", "precision=fp8"], "precision='fp8' is unknown"),
         (["model=opt-125m", "pattern=4:2"], "pattern 4:2 keeps n=4 of m=2"),
         (["model=opt-125m", "experiment=demo"], "both name a model"),
+        (["experiment=owt/gpt2s", "devices=1024"], "512 is no multiple of batch=16 x devices=1024"),
         (["model=opt-125m", "pruner.pruned_matrix=none"], "only SLoPe's own layers are estimated"),
         (["model=opt-125m", "pruner.prune_backward=False"], "only SLoPe's own layers"),
         (["model=opt-125m", "--accounting", "papers"], "invalid choice: 'papers'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -134,11 +135,14 @@ def _advice(model: ModelShape, request: Request) -> Iterator[str]:
 
 def _fitting(model: ModelShape, request: Request) -> Request | None:
     """The request with the largest micro-batch up to its own that fits, None if none does."""
-    for batch in range(request.batch, 0, -1):
+
+    def too_large(batch: int) -> bool:
         smaller = replace(request, batch=batch)
-        if training_bytes(model, smaller, sparse=True).total <= request.rates.usable_memory:
-            return smaller
-    return None
+        return training_bytes(model, smaller, sparse=True).total > request.rates.usable_memory
+
+    # Bytes grow with the batch: those that fit come first.
+    fitting = bisect.bisect_left(range(1, request.batch + 1), True, key=too_large)
+    return replace(request, batch=fitting) if fitting else None
 
 
 def _gigabytes(model: ModelShape, request: Request) -> str:

@@ -139,7 +139,15 @@ def parse(words: Sequence[str]) -> Request:
             f"strategy=hsdp with devices={devices}: it repeats the model on each host of {HOST} "
             f"devices; type devices={max(2, round(devices / HOST)) * HOST}, or strategy=fsdp2."
         )
-    together = max(1, int(cfg.train.global_batch_size) // (batch * devices)) if recipe else 1
+    together = 1
+    if recipe and "accumulate" not in given:
+        whole = int(cfg.train.global_batch_size)
+        together, rest = divmod(whole, batch * devices)
+        if rest or not together:
+            raise ValueError(
+                f"the recipe's train.global_batch_size={whole} is no multiple of batch={batch} x "
+                f"devices={devices} = {batch * devices}; choose others, or type accumulate=1."
+            )
     return Request(
         title=title,
         cfg=cfg,
