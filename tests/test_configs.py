@@ -228,6 +228,15 @@ def test_a_name_is_taken_as_it_was_typed(name: str) -> None:
     assert configs.compose([f"init_from={name}"]).init_from == name
 
 
+def test_settings_of_data_that_are_null_by_default_have_kinds_too() -> None:
+    with pytest.raises(ValueError, match=r"max_documents=2.5 must be null or a whole number of at"):
+        configs.compose(["experiment=smoke", "datamodule.max_documents=2.5"])
+    cfg = configs.compose(["experiment=smoke", "datamodule.eos_token=0"])
+    from slope.data import DataConfig
+
+    assert DataConfig.from_config(cfg.datamodule).eos_token == "0"
+
+
 def test_no_experiment_is_the_default() -> None:
     assert configs.compose(["experiment=null"]) == configs.compose([])
 

@@ -314,3 +314,9 @@ def test_paths_of_a_gpu_are_those_that_were_chosen(monkeypatch):
     assert first.reason == (
         "forward: cusparselt 10.0 µs, dense 12.5 µs; input gradient: cusparselt: no tiles"
     )
+
+
+def test_a_folder_of_transformers_is_named_as_one(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main(["inspect", str(tmp_path)]) == 1
+    assert "is a folder for transformers, whose weights are dense;" in capsys.readouterr().err

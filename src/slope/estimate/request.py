@@ -143,7 +143,7 @@ def parse(words: Sequence[str]) -> Request:
     if recipe and "accumulate" not in given:
         whole = int(cfg.train.global_batch_size)
         together, rest = divmod(whole, batch * devices)
-        if rest or not together:
+        if rest:
             raise ValueError(
                 f"the recipe's train.global_batch_size={whole} is no multiple of batch={batch} x "
                 f"devices={devices} = {batch * devices}; choose others, or type accumulate=1."
