@@ -71,6 +71,15 @@ GROUPED = {
         (2, 4, 1, 4), (2, 8, 1, 3),
     ),
 }  # fmt: skip
+# And with X shared by the blocks of a cluster.
+SHARED = {
+    2: "2.1.8.1.8s2 2.1.4.1.8s2 2.1.8.1.4s2",
+    4: "4.1.8.1.8s2 4.1.8.1.8s4 4.1.4.1.6s2 4.1.4.1.6s4 4.1.8.1.4s2 4.2.8.1.4s2",
+    8: "8.1.8.1.6s1 8.1.8.1.6s2 8.1.8.1.6s4 8.1.4.1.8s2 8.1.4.1.8s4 8.2.8.1.4s2 8.1.8.1.3s2 "
+    "8.1.4.1.4s2 8.1.4.1.4s4 8.2.4.1.6s2",
+    16: "16.1.8.1.4s1 16.1.8.1.4s2 16.1.8.1.4s4 16.2.8.1.3s2 16.1.4.1.5s2 16.1.4.1.5s4 "
+    "16.1.8.1.2s2 16.2.8.1.3s1",
+}
 LOW_SPLITS = (0, 2, 4, 8, 16)
 
 
@@ -121,6 +130,7 @@ def cuts_of(tokens: int) -> list[MmaLaunch]:
         least = next((most for most in GROUPED if tokens <= 8 * most), max(GROUPED))
         for tiles in (least,) if tokens <= MAX_TOKENS else (8, 16):
             cuts += [MmaLaunch(tiles, *cut, grouped=True) for cut in GROUPED[tiles]]
+            cuts += map(MmaLaunch.parse, SHARED[tiles].split())
     return [cut for cut in cuts if cut.shared <= decoding_mma._shared_memory(0)]
 
 

@@ -85,7 +85,9 @@ def test_the_struct_is_that_of_the_source():
     source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
     body = source[source.index("Arguments {") :].partition("};")[0]
     names = re.findall(r"(\w+)[,;]", re.sub("//.*", "", body))
-    assert names == [name for name, _ in decoding_mma._Arguments._fields_]
+    maps = [name for name, _ in decoding_mma._MappedArguments._fields_[:3]]
+    assert names == maps + [name for name, _ in decoding_mma._Arguments._fields_]
+    assert ctypes.sizeof(decoding_mma._MappedArguments) == 512
 
 
 SHAPES = ((64, 64), (2048, 8192), (4096, 14336), (5120, 5120), (9216, 9216), (28672, 768))
@@ -275,6 +277,38 @@ def test_a_part_of_a_gpu_without_room_for_the_cluster_adds_in_a_second_launch(la
     decode_mma(x, values, metadata, None, None, None, 1.0, MmaLaunch(1, 1, 1, 4, 4, 3))
     ((_, blocks, _, _, _, cluster),) = seen
     assert (blocks, cluster, finished) == (15, 1, [3])
+
+
+@pytest.mark.parametrize(
+    ("splits", "rank", "blocks", "cluster"), [(1, 0, 6, 2), (4, 0, 24, 8), (2, 20, 16, 4)]
+)
+def test_blocks_that_share_x_stand_in_a_cluster(
+    launched, monkeypatch, splits, rank, blocks, cluster
+):
+    """Five tiles of 64 outputs are three pairs; down has one tile in two parts, in a cluster."""
+    seen, finished = launched(True)
+    maps = []
+
+    def tensor_map(*given):
+        maps.append(given)
+        return bytes(128)
+
+    monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
+    x, values = torch.zeros(17, 256, dtype=BF16), torch.zeros(300, 128, dtype=BF16)
+    metadata = torch.zeros(300, 32, dtype=torch.uint8)
+    down = torch.zeros(rank, 256, dtype=BF16) if rank else None
+    up = torch.zeros(300, rank, dtype=BF16) if rank else None
+    launch = MmaLaunch(4, 1, 4, 1, 4, splits, True, 2 if rank else 0, share=2)
+    decode_mma(x, values, metadata, None, down, up, 1.0, launch)
+    ((_, grid, threads, argument, _, together),) = seen
+    assert (grid, threads, together) == (blocks, 160, cluster)
+    assert finished == [1] * (rank > 0)
+    assert argument.rest.splits == splits
+    assert maps == [
+        (values.data_ptr(), "bf16", 128, 300, 256, 64, 64),
+        (x.data_ptr(), "bf16", 256, 17, 512, 64, 16),
+        (metadata.data_ptr(), "bytes", 32, 300, 32, 16, 64),
+    ]
 
 
 @pytest.mark.parametrize(("splits", "rank", "blocks"), [(1, 0, 15), (2, 0, 30), (2, 20, 36)])

@@ -158,6 +158,32 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 40])
+@pytest.mark.parametrize(
+    "name",
+    ["2.1.8.1.4s2/1", "4.1.4.1.6s2/3", "8.1.8.1.6s1/2", "8.1.4.1.8s2/4", "8.1.4.1.4s4/2",
+     "8.2.8.1.4s2/1", "16.1.8.1.4s4/1", "16.2.8.1.3s2/3"],
+)  # fmt: skip
+def test_cuts_whose_blocks_share_x(name, rank):
+    launch = decoding_mma.MmaLaunch.parse(name)._replace(low_splits=3 if rank else 0)
+    if not decoding_mma._has_wgmma(0):
+        pytest.skip("needs compute capability 9.0")
+    layer = a_layer((328, 1664), values_dtype=torch.bfloat16).requires_grad_(False)
+    exact = layer.to_dense().double()
+    down = torch.randn(rank, 1664, device="cuda", dtype=torch.bfloat16) if rank else None
+    up = torch.randn(328, rank, device="cuda", dtype=torch.bfloat16) if rank else None
+    for tokens in (1, 8 * launch.token_tiles, 24 * launch.token_tiles - 5):
+        x = torch.randn(tokens, 1672, device="cuda", dtype=torch.bfloat16)[:, 8:]
+        given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1, launch
+        y = decoding_mma.decode_mma(*given)
+        expected = x.double() @ exact.t() + layer.bias.double()
+        if rank:
+            low = (x.double() @ down.double().t()).to(x.dtype).double()
+            expected += 0.1 * low @ up.double().t()
+        assert error(y, expected) < ROUNDING[torch.bfloat16]
+        assert torch.equal(y, decoding_mma.decode_mma(*given))
+
+
+@pytest.mark.parametrize("rank", [0, 40])
 @pytest.mark.parametrize("tokens", [1, 16, 64, 200])
 def test_a_captured_decode_kernel_equals_the_eager_one(tokens, rank):
     """Every size of a cluster, and the second launch that begins early."""

@@ -8,6 +8,8 @@
 //   BF16    1 for bf16, 0 for fp16
 //   GROUPED 1 for wgmma: four warps along the outputs share X, which the tensor cores then read
 //           out of shared memory themselves (sm_90a)
+//   SHARE   blocks of a cluster, one above the other, that read X once for all of them; tiles then
+//           come by the copy engine, at the word of one more warp. 0 for copies by all threads
 //
 // A block owns ROWS outputs of TOKENS tokens and walks over the inputs in steps of STEP bytes of a
 // row of A, which is W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared
@@ -30,8 +32,22 @@ constexpr int X_BYTES = TOKENS * 2 * STEP;
 constexpr int STAGE = A_BYTES + X_BYTES + ROWS * STEP / 8;
 constexpr int SUM_STRIDE = ROWS + 4;
 constexpr int GROUPS = TOKENS * ROWS / 4;
+constexpr int BARRIERS = SHARE ? (STAGES * STAGE > 4 * WK * TOKENS * SUM_STRIDE
+                                      ? STAGES * STAGE
+                                      : 4 * WK * TOKENS * SUM_STRIDE)
+                               : 0;  // where they stand: full ones, then empty ones
+static_assert(!SHARE || (WK == 1 && GROUPED && TOKENS / SHARE % 8 == 0), "what SHARE serves");
+
+struct alignas(64) Map {
+    char bytes[128];
+};
 
 struct Arguments {
+#if SHARE
+    Map values_map;    // boxes of 64 x ROWS, swapped by 128 bytes
+    Map x_map;         // boxes of 64 x TOKENS / SHARE, likewise
+    Map metadata_map;  // boxes of 16 x ROWS bytes
+#endif
     const char* values;    // (outputs, inputs / 2)
     const char* metadata;  // (outputs, inputs / 8)
     const char* x;         // (tokens, inputs), rows x_stride bytes apart
@@ -242,9 +258,9 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 
 // Four sums of all blocks of the cluster, in the order of the blocks.
-__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int blocks) {
+__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int lead, int blocks) {
     float4 sum = {};
-    for (u32 block = 0; block < blocks; ++block) {
+    for (u32 block = lead; block < lead + blocks; ++block) {
         u32 at;
         float4 part;
         asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(own)), "r"(block));
@@ -261,7 +277,7 @@ __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.
 #else
 __device__ __forceinline__ int cluster_blocks() { return 1; }
 __device__ __forceinline__ void cluster_barrier() {}
-__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int) { return *own; }
+__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int, int) { return *own; }
 __device__ __forceinline__ void let_next_begin() {}
 #endif
 
@@ -346,12 +362,60 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
 #endif
 }
 
-// sums = rows of A times X over this split, from a token on; then the warps along the inputs are
-// added in order, and the blocks of a cluster.
+// The warps along the inputs are added in order, then the blocks of a cluster from its block `lead`
+// on; and what is to become of the sums.
+template <bool SPARSE>
+__device__ __forceinline__ void add_up(const Arguments& arg, char* memory, float (&sums)[MT][NT][4],
+                                       int row, int rows, int token, int split, int splits,
+                                       int lead) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wk = warp / WM;
+    float* shared = reinterpret_cast<float*>(memory);
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int r = (warp % WM) * 16 * MT + 16 * m + lane / 4 + 8 * (i / 2);
+                const int t = 8 * n + 2 * (lane % 4) + i % 2;
+                shared[(wk * TOKENS + t) * SUM_STRIDE + r] = sums[m][n][i];
+            }
+    __syncthreads();
+    const bool together = SPARSE && cluster_blocks() > 1;
+    if (together) {
+        for (int i = threadIdx.x; WK > 1 && i < GROUPS; i += THREADS)
+            group(shared, i)[0] = sum_of_warps(shared, i);
+        cluster_barrier();
+    }
+    const int first = together ? split * THREADS : 0;
+    const int stride = together ? splits * THREADS : THREADS;
+    for (int i = first + threadIdx.x; i < GROUPS; i += stride) {
+        const int t = i / (ROWS / 4) + token, r = i % (ROWS / 4) * 4 + row;
+        if (t >= arg.tokens || r >= rows) continue;
+        const float4 sum = together ? sum_of_blocks(group(shared, i), lead, splits) : sum_of_warps(shared, i);
+        const long long at = static_cast<long long>(t) * rows + r;
+        const long long skipped = static_cast<long long>(together ? 0 : split) * arg.tokens * rows;
+        if (!SPARSE) {
+            const float each[4] = {sum.x, sum.y, sum.z, sum.w};
+            for (int j = 0; j < min(4, rows - r); ++j) arg.low[skipped + at + j] = each[j];
+        } else if (arg.y) {  // outputs are divisible by 4, as 2:4 wants
+            const float bias[4] = {bias_of(arg, r), bias_of(arg, r + 1), bias_of(arg, r + 2),
+                                   bias_of(arg, r + 3)};
+            *reinterpret_cast<ushort4*>(arg.y + at) =
+                make_ushort4(from_float(sum.x + bias[0]), from_float(sum.y + bias[1]),
+                             from_float(sum.z + bias[2]), from_float(sum.w + bias[3]));
+        } else {
+            *reinterpret_cast<float4*>(arg.partial + skipped + at) = sum;
+        }
+    }
+    if (together) cluster_barrier();  // the others may still read this block's sums
+}
+
+// sums = rows of A times X over this split, from a token on.
 template <bool SPARSE>
 __device__ __forceinline__ void product(const Arguments& arg, char* memory, const char* a, int row,
                                         int rows, int token, int split, int splits) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wk = warp / WM;
+    const int wk = threadIdx.x / 32 / WM;
     const int width = SPARSE ? STEP : STEP / 2;  // columns of a step
     const int steps = (arg.inputs + width - 1) / width;
     const int share = (steps + splits - 1) / splits;
@@ -389,49 +453,99 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
     }
     asm volatile("cp.async.wait_group 0;");
     __syncthreads();
-    float* shared = reinterpret_cast<float*>(memory);
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int r = (warp % WM) * 16 * MT + 16 * m + lane / 4 + 8 * (i / 2);
-                const int t = 8 * n + 2 * (lane % 4) + i % 2;
-                shared[(wk * TOKENS + t) * SUM_STRIDE + r] = sums[m][n][i];
-            }
-    __syncthreads();
-    const bool together = SPARSE && cluster_blocks() > 1;
-    if (together) {
-        for (int i = threadIdx.x; WK > 1 && i < GROUPS; i += THREADS)
-            group(shared, i)[0] = sum_of_warps(shared, i);
-        cluster_barrier();
-    }
-    const int first = together ? split * THREADS : 0;
-    const int stride = together ? splits * THREADS : THREADS;
-    for (int i = first + threadIdx.x; i < GROUPS; i += stride) {
-        const int t = i / (ROWS / 4) + token, r = i % (ROWS / 4) * 4 + row;
-        if (t >= arg.tokens || r >= rows) continue;
-        const float4 sum = together ? sum_of_blocks(group(shared, i), splits) : sum_of_warps(shared, i);
-        const long long at = static_cast<long long>(t) * rows + r;
-        const long long skipped = static_cast<long long>(together ? 0 : split) * arg.tokens * rows;
-        if (!SPARSE) {
-            const float each[4] = {sum.x, sum.y, sum.z, sum.w};
-            for (int j = 0; j < min(4, rows - r); ++j) arg.low[skipped + at + j] = each[j];
-        } else if (arg.y) {  // outputs are divisible by 4, as 2:4 wants
-            const float bias[4] = {bias_of(arg, r), bias_of(arg, r + 1), bias_of(arg, r + 2),
-                                   bias_of(arg, r + 3)};
-            *reinterpret_cast<ushort4*>(arg.y + at) =
-                make_ushort4(from_float(sum.x + bias[0]), from_float(sum.y + bias[1]),
-                             from_float(sum.z + bias[2]), from_float(sum.w + bias[3]));
-        } else {
-            *reinterpret_cast<float4*>(arg.partial + skipped + at) = sum;
-        }
-    }
-    if (together) cluster_barrier();  // the others may still read this block's sums
+    add_up<SPARSE>(arg, memory, sums, row, rows, token, split, splits, 0);
+}
+#if SHARE
+__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile("{\n.reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (!done);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) slope_decode(const Arguments arg) {
+// A box at a column and a row, into this block.
+__device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(column), "r"(row),
+                 "r"(barrier)
+                 : "memory");
+}
+
+// The same, into each block of a set.
+__device__ __forceinline__ void copy_box_to(u32 to, const Map& map, int column, int row, u32 barrier,
+                                            u16 blocks) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(&map),
+                 "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+                 : "memory");
+}
+
+// As `product`, in a cluster of SHARE rows of tiles times `splits`. Each block copies its own rows of
+// W^R, and a part of X for all blocks of its split; a stage is empty when all of them have read it.
+__device__ __forceinline__ void shared_product(const Arguments& arg, char* memory, int row, int token,
+                                               int split, int splits, int member) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int steps = (arg.inputs + STEP - 1) / STEP, share = (steps + splits - 1) / splits;
+    const int begin = split * share, end = min(begin + share, steps);
+    const u32 base = shared_address(memory), full = base + BARRIERS, empty = full + 8 * STAGES;
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; ++s) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * s));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * s),
+                         "n"(SHARE * WM));
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    cluster_barrier();
+    if (warp == WM) {
+        if (lane != 0) return;
+        u16 sharing = 0;
+        for (int m = 0; m < SHARE; ++m) sharing |= 1 << (split + splits * m);
+        constexpr int PART = TOKENS / SHARE;
+        for (int step = begin; step < end; ++step) {
+            const int number = step - begin, stage = number % STAGES;
+            const u32 at = base + stage * STAGE, done = full + 8 * stage;
+            wait_for(empty + 8 * stage, number / STAGES & 1 ^ 1);
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
+                         "n"(STAGE)
+                         : "memory");
+            copy_box(at, arg.values_map, STEP / 2 * step, row, done);
+            copy_box(at + A_BYTES + X_BYTES, arg.metadata_map, STEP / 8 * step, row, done);
+            for (int half = 0; half < 2; ++half) {
+                const u32 to = at + A_BYTES + 128 * (half * TOKENS + member * PART);
+                const int column = STEP * step + 64 * half, first = token + member * PART;
+                if (SHARE > 1) copy_box_to(to, arg.x_map, column, first, done, sharing);
+                else copy_box(to, arg.x_map, column, first, done);
+            }
+        }
+        return;
+    }
+    float sums[MT][NT][4] = {};
+    for (int step = begin; step < end; ++step) {
+        const int number = step - begin, stage = number % STAGES;
+        wait_for(full + 8 * stage, number / STAGES & 1);
+        compute<true>(sums, base + stage * STAGE, arg.inputs - step * STEP);
+        if (lane < SHARE) {
+            u32 theirs;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;"
+                : "=r"(theirs)
+                : "r"(empty + 8 * stage), "r"(split + splits * lane));
+            asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(theirs)
+                         : "memory");
+        }
+    }
+    __syncthreads();
+    add_up<true>(arg, memory, sums, row, arg.outputs, token, split, splits, splits * member);
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS + (SHARE ? 32 : 0))
+    slope_decode(const __grid_constant__ Arguments arg) {
     extern __shared__ __align__(1024) char memory[];
     if (!arg.y) let_next_begin();
     const int tiles = (arg.outputs + ROWS - 1) / ROWS, cluster = cluster_blocks();
@@ -443,13 +557,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) slope_decode(const Argumen
     // longer than one of W^R compressed, so these blocks come first, in more splits.
     if (block < low_blocks) {
         const int rest = block / parts;
+        if (threadIdx.x >= THREADS) return;
         product<false>(arg, memory, arg.down, rest % low_tiles * ROWS, arg.rank,
                        block % parts * TOKENS, rest / low_tiles, arg.low_splits);
     } else if (block >= first) {
         const int number = (block - first) / cluster, rest = number / parts;
+#if SHARE
+        const int place = (block - first) % cluster, member = place / arg.splits;
+        shared_product(arg, memory, (rest * SHARE + member) * ROWS, number % parts * TOKENS,
+                       place % arg.splits, arg.splits, member);
+#else
         const int tile = cluster > 1 ? rest : rest % tiles;
         const int split = cluster > 1 ? (block - first) % cluster : rest / tiles;
         product<true>(arg, memory, arg.values, tile * ROWS, arg.outputs, number % parts * TOKENS,
                       split, arg.splits);
+#endif
     }
 }

@@ -41,6 +41,8 @@ class MmaLaunch(NamedTuple):
         grouped: wgmma, four warps along the outputs sharing X; compute capability 9.0 alone.
         low_splits: blocks that share the columns of one tile of down; 0 without an adapter, also no
             constant of the source.
+        share: tiles of outputs whose blocks read X together, by the copy engine; 0 for copies by
+            all threads.
 
     Example:
         >>> str(MmaLaunch(8, 1, 4, 2, 3, splits=2, grouped=True))
@@ -57,10 +59,12 @@ class MmaLaunch(NamedTuple):
     splits: int = 1
     grouped: bool = False
     low_splits: int = 0
+    share: int = 0
 
     def __str__(self) -> str:
         """The name under which it is kept and reported."""
-        name = f"{'.'.join(map(str, self[:5]))}{'g' * self.grouped}/{self.splits}"
+        kind = f"s{self.share}" if self.share else "g" * self.grouped
+        name = f"{'.'.join(map(str, self[:5]))}{kind}/{self.splits}"
         return f"{name}/{self.low_splits}" if self.low_splits else name
 
     @classmethod
@@ -69,8 +73,12 @@ class MmaLaunch(NamedTuple):
         """The inverse of ``str``; without splits it has one."""
         cut, *rest = name.split("/")
         splits, low_splits = (*map(int, rest), *(1, 0)[len(rest) :])
+        cut, shared, share = cut.partition("s")
         tokens, tiles, rows, columns, stages = map(int, cut.rstrip("g").split("."))
-        return cls(tokens, tiles, rows, columns, stages, splits, cut.endswith("g"), low_splits)
+        grouped = bool(shared) or cut.endswith("g")
+        return cls(
+            tokens, tiles, rows, columns, stages, splits, grouped, low_splits, int(share or 0)
+        )
 
     @property
     def rows(self) -> int:
@@ -80,14 +88,20 @@ class MmaLaunch(NamedTuple):
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 32 * self.row_warps * self.column_warps
+        return 32 * (self.row_warps * self.column_warps + (self.share > 0))
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster that splits and shares."""
+        return self.splits * max(1, self.share)
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory: the steps in flight, then the sums of the warps along I."""
         step, tokens = 128 * self.column_warps, 8 * self.token_tiles
         stage = self.rows * step + 2 * tokens * step + self.rows * step // 8
-        return max(self.stages * stage, 4 * self.column_warps * tokens * (self.rows + 4))
+        most = max(self.stages * stage, 4 * self.column_warps * tokens * (self.rows + 4))
+        return most + 16 * self.stages if self.share else most
 
     def parts(self, tokens: int) -> int:
         """Blocks that share the tokens."""
@@ -124,6 +138,24 @@ class _Arguments(ctypes.Structure):
             "tokens", "outputs", "inputs", "rank", "splits", "low_splits",
         )),
     )  # fmt: skip
+
+
+class _Map(ctypes.Structure):
+    """``CUtensorMap``."""
+
+    _fields_ = (("bytes", ctypes.c_char * 128),)
+
+
+class _MappedArguments(ctypes.Structure):
+    """``struct Arguments`` of a source with SHARE; as long as its alignment makes it."""
+
+    _fields_ = (
+        ("values_map", _Map),
+        ("x_map", _Map),
+        ("metadata_map", _Map),
+        ("rest", _Arguments),
+        ("padding", ctypes.c_char * (-ctypes.sizeof(_Arguments) % 64)),
+    )
 
 
 def cuts_for(tokens: int, device: int) -> list[MmaLaunch]:
@@ -170,12 +202,16 @@ def split(
 ) -> list[MmaLaunch]:
     """Each cut as it is and split: a step or more for each part, no more than a cluster holds.
 
-    A grid of many more blocks than a GPU has places for is not split.
+    A grid of many more blocks than a GPU has places for is not split. The copy engine reads rows of
+    metadata at multiples of 16 bytes, so cuts that share X want I divisible by 128.
     """
     found = []
     for cut in cuts:
+        if cut.share and in_features % 128:
+            continue
         tiles = -(-out_features // cut.rows) * cut.parts(tokens)
-        most = min(in_features // (128 * cut.column_warps), _MOST_BLOCKS // tiles, LARGEST_CLUSTER)
+        steps, blocks = in_features // (128 * cut.column_warps), LARGEST_CLUSTER // cut.cluster
+        most = min(steps, _MOST_BLOCKS // tiles, blocks)
         found += [cut._replace(splits=splits) for splits in range(1, max(1, most) + 1)]
     return found
 
@@ -247,6 +283,7 @@ def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int]:
     return dict(zip(names, launch, strict=False)) | {
         "BF16": int(dtype == torch.bfloat16),
         "GROUPED": int(launch.grouped),
+        "SHARE": launch.share,
     }
 
 
@@ -301,30 +338,57 @@ def decode_mma(
     kernel = _kernel(launch._replace(splits=1, low_splits=0), x.dtype, device)
     clusters, splits, parts = _has_clusters(device), launch.splits, launch.parts(tokens)
     rank = 0 if up is None else up.shape[1]
-    together = clusters and 1 < splits <= LARGEST_CLUSTER and kernel.holds(launch.threads, splits)
-    cluster = splits if together else 1
-    final = splits == cluster and rank == 0
+    if launch.share:
+        cluster = launch.cluster
+        if cluster > 1 and not kernel.holds(launch.threads, cluster):
+            raise RuntimeError(f"the GPU has no room for a cluster of {cluster} such blocks")
+    else:
+        together = clusters and 1 < splits <= LARGEST_CLUSTER
+        cluster = splits if together and kernel.holds(launch.threads, splits) else 1
+    final = cluster >= splits and rank == 0
     partial = low_partial = None
     if not final:
-        partial = x.new_empty((splits // cluster, tokens, out_features), dtype=torch.float32)
+        slabs = max(1, splits // cluster)
+        partial = x.new_empty((slabs, tokens, out_features), dtype=torch.float32)
     if rank:
         low_partial = x.new_empty((launch.low_splits, tokens, rank), dtype=torch.float32)
     x = x if x.stride(0) % 8 == 0 else x.contiguous()
     x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
     down = None if down is None else _aligned(down)
     written = y if final else None, partial, low_partial
-    argument = _Arguments(
+    argument: ctypes.Structure = _Arguments(
         *map(_pointer, (values, metadata, x, bias, down, *written)),
         x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits,
         launch.low_splits,
     )  # fmt: skip
     low_blocks = -(-rank // launch.rows) * parts * launch.low_splits
-    blocks = -(-out_features // launch.rows) * parts * splits + -(-low_blocks // cluster) * cluster
+    tiles = -(-out_features // launch.rows)
+    blocks = tiles * parts * splits
+    if launch.share:
+        blocks = -(-tiles // launch.share) * parts * launch.cluster
+        argument = _MappedArguments(*_maps(launch, x, values, metadata), argument)
+    blocks += -(-low_blocks // cluster) * cluster
     stream = torch._C._cuda_getCurrentRawStream(device)
     kernel(blocks, launch.threads, argument, stream, cluster)
     if partial is not None:
         finish(partial, low_partial, up, bias, y, scale, early=clusters)
     return y
+
+
+def _maps(
+    launch: MmaLaunch, x: Tensor, values: Tensor, metadata: Tensor
+) -> tuple[_Map, _Map, _Map]:
+    """How the copy engine finds the tiles of the kept values, of X and of the metadata."""
+    kind = "bf16" if x.dtype == torch.bfloat16 else "fp16"
+    (tokens, in_features), out_features, rows = x.shape, values.shape[0], launch.rows
+    share = 8 * launch.token_tiles // launch.share
+    boxes = (
+        (values, kind, in_features // 2, out_features, in_features, 64, rows),
+        (x, kind, in_features, tokens, 2 * x.stride(0), 64, share),
+        (metadata, "bytes", in_features // 8, out_features, in_features // 8, 16, rows),
+    )
+    made = (nvrtc.tensor_map(tensor.data_ptr(), *box) for tensor, *box in boxes)
+    return tuple(_Map.from_buffer_copy(each) for each in made)  # type: ignore[return-value]
 
 
 def _aligned(tensor: Tensor) -> Tensor:

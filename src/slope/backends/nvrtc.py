@@ -196,6 +196,41 @@ class Kernel:
             raise NvrtcError(f"{function} returned CUDA error {status}")
 
 
+_KINDS = {"bytes": (0, 0), "fp16": (6, 3), "bf16": (9, 3)}  # CUtensorMapDataType, -Swizzle
+
+
+@functools.lru_cache(maxsize=4096)
+def tensor_map(
+    address: int, kind: str, columns: int, rows: int, pitch: int, box_columns: int, box_rows: int
+) -> bytes:
+    """``CUtensorMap`` of a matrix: what the copy engine reads boxes by. Zeros stand outside.
+
+    Args:
+        address: of the first element, a multiple of 16.
+        kind: ``"bf16"`` and ``"fp16"`` are swapped in 128 bytes of 8 rows, ``"bytes"`` are not.
+        columns: of the matrix.
+        rows: of the matrix.
+        pitch: bytes from a row to the next, a multiple of 16.
+        box_columns: of a box.
+        box_rows: of a box, 256 at most.
+
+    Raises:
+        NvrtcError: if the driver refuses.
+    """
+    room = ctypes.create_string_buffer(128 + 64)
+    begin = -ctypes.addressof(room) % 64
+    dtype, swizzle = _KINDS[kind]
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(room) + begin), dtype, 2, ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(pitch),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1),
+        0, swizzle, 2, 0,
+    )  # fmt: skip
+    if status:
+        raise NvrtcError(f"cuTensorMapEncodeTiled returned CUDA error {status}")
+    return room.raw[begin : begin + 128]
+
+
 @functools.cache
 def _driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
