@@ -501,6 +501,7 @@ __device__ __forceinline__ void shared_product(const Arguments& arg, char* memor
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    __syncwarp();
     cluster_barrier();
     if (warp == WM) {
         if (lane != 0) return;
