@@ -71,15 +71,14 @@ GROUPED = {
         (2, 4, 1, 4), (2, 8, 1, 3),
     ),
 }  # fmt: skip
-# And with X shared by the blocks of a cluster.
-SHARED = {
-    2: "2.1.8.1.8s2 2.1.4.1.8s2 2.1.8.1.4s2",
-    4: "4.1.8.1.8s2 4.1.8.1.8s4 4.1.4.1.6s2 4.1.4.1.6s4 4.1.8.1.4s2 4.2.8.1.4s2",
-    8: "8.1.8.1.6s1 8.1.8.1.6s2 8.1.8.1.6s4 8.1.4.1.8s2 8.1.4.1.8s4 8.2.8.1.4s2 8.1.8.1.3s2 "
-    "8.1.4.1.4s2 8.1.4.1.4s4 8.2.4.1.6s2",
-    16: "16.1.8.1.4s1 16.1.8.1.4s2 16.1.8.1.4s4 16.2.8.1.3s2 16.1.4.1.5s2 16.1.4.1.5s4 "
-    "16.1.8.1.2s2 16.2.8.1.3s1",
+# And by the copy engine: row_tiles, row_warps, stages; column_warps is 1.
+COPIED = {
+    2: ((1, 4, 8), (1, 4, 4), (1, 8, 10), (1, 8, 5)),
+    4: ((1, 4, 12), (1, 4, 6), (1, 8, 8), (1, 8, 4), (2, 8, 4), (2, 8, 2)),
+    8: ((1, 4, 8), (1, 4, 4), (1, 8, 6), (1, 8, 3), (1, 12, 5), (2, 8, 4)),
+    16: ((1, 4, 5), (1, 4, 2), (1, 8, 4), (1, 12, 3), (2, 8, 3)),
 }
+SHARED = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4))  # share_x, share_w
 LOW_SPLITS = (0, 2, 4, 8, 16)
 
 
@@ -91,13 +90,14 @@ def main() -> None:
     parser.add_argument("--paths", default="mma,cusparselt", help="of mma, triton, cusparselt")
     parser.add_argument("--rank", type=float, default=0.0, help="of an adapter, as a share of d_in")
     parser.add_argument("--cuts", action="store_true", help="time other cuts of mma too")
+    parser.add_argument("--named", default="", help="of them, those with this in their names")
     parser.add_argument("--every", type=Path, help="file for the time of every cut")
     parser.add_argument("--seconds", type=float, help="begin no case after this time")
     options = parser.parse_args()
     deadline = Deadline(options.seconds)
     tokens = [int(word) for word in options.tokens.split(",")]
     if options.cuts:
-        compile_all(tokens)
+        compile_all(tokens, options.named)
     for shape in options.shapes.split(","):
         out_features, in_features = map(int, shape.split("x"))
         for t in tokens:
@@ -109,7 +109,7 @@ def main() -> None:
             print(f"{shape}, {t} tokens: {line}", flush=True)
 
 
-def compile_all(tokens: Sequence[int]) -> None:
+def compile_all(tokens: Sequence[int], named: str) -> None:
     """Every cut, on all cores."""
 
     def compile_one(cut: MmaLaunch) -> None:
@@ -117,10 +117,10 @@ def compile_all(tokens: Sequence[int]) -> None:
         decoding_mma._kernel(cut, torch.bfloat16, 0)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, {cut for t in tokens for cut in cuts_of(t)}))
+        list(pool.map(compile_one, {cut for t in tokens for cut in cuts_of(t, named)}))
 
 
-def cuts_of(tokens: int) -> list[MmaLaunch]:
+def cuts_of(tokens: int, named: str) -> list[MmaLaunch]:
     """The candidates that fit into shared memory; more than 64 tokens are shared among blocks."""
     cuts = []
     if tokens <= 8 * max(CUTS):
@@ -130,13 +130,26 @@ def cuts_of(tokens: int) -> list[MmaLaunch]:
         least = next((most for most in GROUPED if tokens <= 8 * most), max(GROUPED))
         for tiles in (least,) if tokens <= MAX_TOKENS else (8, 16):
             cuts += [MmaLaunch(tiles, *cut, grouped=True) for cut in GROUPED[tiles]]
-            cuts += map(MmaLaunch.parse, SHARED[tiles].split())
-    return [cut for cut in cuts if cut.shared <= decoding_mma._shared_memory(0)]
+            cuts += copied(tiles, -(-tokens // (8 * tiles)))
+    memory = decoding_mma._shared_memory(0)
+    return [cut for cut in cuts if cut.shared <= memory and named in str(cut)]
 
 
-def candidates(out_features: int, in_features: int, tokens: int, rank: int) -> Iterator[MmaLaunch]:
+def copied(tiles: int, parts: int) -> list[MmaLaunch]:
+    """Cuts by the copy engine, shared in all ways that parts of the tokens allow."""
+    return [
+        MmaLaunch(tiles, *cut[:2], 1, cut[2], 1, True, 0, share_x, share_w)
+        for cut in COPIED[tiles]
+        for share_x, share_w in SHARED
+        if share_w <= parts and tiles % share_x == 0
+    ]
+
+
+def candidates(
+    out_features: int, in_features: int, tokens: int, rank: int, named: str
+) -> Iterator[MmaLaunch]:
     """Each cut with its splits; with an adapter also those of down, 0 leaves it to cuBLAS."""
-    for launch in decoding_mma.split(cuts_of(tokens), tokens, out_features, in_features):
+    for launch in decoding_mma.split(cuts_of(tokens, named), tokens, out_features, in_features):
         for low in LOW_SPLITS if rank else (0,):
             yield launch._replace(low_splits=low)
 
@@ -186,7 +199,7 @@ def measure(
     if options.cuts:
         expected = by_dense(0).float()
         times = {}
-        for launch in candidates(out_features, in_features, tokens, rank):
+        for launch in candidates(out_features, in_features, tokens, rank, options.named):
             name, act = str(launch), functools.partial(by_cut, launch)
             difference = (act(0).float() - expected).norm() / expected.norm()
             if not difference < 1e-2:

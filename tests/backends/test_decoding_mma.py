@@ -85,9 +85,9 @@ def test_the_struct_is_that_of_the_source():
     source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
     body = source[source.index("Arguments {") :].partition("};")[0]
     names = re.findall(r"(\w+)[,;]", re.sub("//.*", "", body))
-    maps = [name for name, _ in decoding_mma._MappedArguments._fields_[:3]]
+    maps = [name for name, _ in decoding_mma._MappedArguments._fields_[:2]]
     assert names == maps + [name for name, _ in decoding_mma._Arguments._fields_]
-    assert ctypes.sizeof(decoding_mma._MappedArguments) == 512
+    assert ctypes.sizeof(decoding_mma._MappedArguments) == 384
 
 
 SHAPES = ((64, 64), (2048, 8192), (4096, 14336), (5120, 5120), (9216, 9216), (28672, 768))
@@ -298,7 +298,7 @@ def test_blocks_that_share_x_stand_in_a_cluster(
     metadata = torch.zeros(300, 32, dtype=torch.uint8)
     down = torch.zeros(rank, 256, dtype=BF16) if rank else None
     up = torch.zeros(300, rank, dtype=BF16) if rank else None
-    launch = MmaLaunch(4, 1, 4, 1, 4, splits, True, 2 if rank else 0, share=2)
+    launch = MmaLaunch(4, 1, 4, 1, 4, splits, True, 2 if rank else 0, share_x=2)
     decode_mma(x, values, metadata, None, down, up, 1.0, launch)
     ((_, grid, threads, argument, _, together),) = seen
     assert (grid, threads, together) == (blocks, 160, cluster)
@@ -307,7 +307,6 @@ def test_blocks_that_share_x_stand_in_a_cluster(
     assert maps == [
         (values.data_ptr(), "bf16", 128, 300, 256, 64, 64),
         (x.data_ptr(), "bf16", 256, 17, 512, 64, 16),
-        (metadata.data_ptr(), "bytes", 32, 300, 32, 16, 64),
     ]
 
 

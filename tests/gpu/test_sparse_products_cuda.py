@@ -160,8 +160,9 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
 @pytest.mark.parametrize("rank", [0, 40])
 @pytest.mark.parametrize(
     "name",
-    ["2.1.8.1.4s2/1", "4.1.4.1.6s2/3", "8.1.8.1.6s1/2", "8.1.4.1.8s2/4", "8.1.4.1.4s4/2",
-     "8.2.8.1.4s2/1", "16.1.8.1.4s4/1", "16.2.8.1.3s2/3"],
+    ["2.1.8.1.4s2x1/1", "4.1.4.1.6s2x1/3", "8.1.8.1.6s1x1/2", "8.1.4.1.8s2x2/2", "8.1.4.1.4s4x1/2",
+     "8.2.8.1.4s2x1/1", "16.1.8.1.4s4x2/1", "16.2.8.1.3s2x1/3", "16.1.8.1.2s1x2/3",
+     "8.1.4.1.4s2x4/1"],
 )  # fmt: skip
 def test_cuts_whose_blocks_share_x(name, rank):
     launch = decoding_mma.MmaLaunch.parse(name)._replace(low_splits=3 if rank else 0)

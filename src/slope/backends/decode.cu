@@ -8,8 +8,9 @@
 //   BF16    1 for bf16, 0 for fp16
 //   GROUPED 1 for wgmma: four warps along the outputs share X, which the tensor cores then read
 //           out of shared memory themselves (sm_90a)
-//   SHARE   blocks of a cluster, one above the other, that read X once for all of them; tiles then
+//   SHARE_X blocks of a cluster, of the same tokens, that read X once for all of them; tiles then
 //           come by the copy engine, at the word of one more warp. 0 for copies by all threads
+//   SHARE_W blocks of a cluster, of the same outputs, that read W^R once for all of them
 //
 // A block owns ROWS outputs of TOKENS tokens and walks over the inputs in steps of STEP bytes of a
 // row of A, which is W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared
@@ -32,21 +33,21 @@ constexpr int X_BYTES = TOKENS * 2 * STEP;
 constexpr int STAGE = A_BYTES + X_BYTES + ROWS * STEP / 8;
 constexpr int SUM_STRIDE = ROWS + 4;
 constexpr int GROUPS = TOKENS * ROWS / 4;
-constexpr int BARRIERS = SHARE ? (STAGES * STAGE > 4 * WK * TOKENS * SUM_STRIDE
-                                      ? STAGES * STAGE
-                                      : 4 * WK * TOKENS * SUM_STRIDE)
-                               : 0;  // where they stand: full ones, then empty ones
-static_assert(!SHARE || (WK == 1 && GROUPED && TOKENS / SHARE % 8 == 0), "what SHARE serves");
+constexpr int BARRIERS = SHARE_X ? (STAGES * STAGE > 4 * WK * TOKENS * SUM_STRIDE
+                                        ? STAGES * STAGE
+                                        : 4 * WK * TOKENS * SUM_STRIDE)
+                                 : 0;  // where they stand: full ones, then empty ones
+static_assert(!SHARE_X || (WK == 1 && GROUPED && TOKENS / SHARE_X % 8 == 0 && ROWS / SHARE_W % 8 == 0),
+              "what the copy engine serves");
 
 struct alignas(64) Map {
     char bytes[128];
 };
 
 struct Arguments {
-#if SHARE
-    Map values_map;    // boxes of 64 x ROWS, swapped by 128 bytes
-    Map x_map;         // boxes of 64 x TOKENS / SHARE, likewise
-    Map metadata_map;  // boxes of 16 x ROWS bytes
+#if SHARE_X
+    Map values_map;  // boxes of 64 x ROWS / SHARE_W, swapped by 128 bytes
+    Map x_map;       // boxes of 64 x TOKENS / SHARE_X, likewise
 #endif
     const char* values;    // (outputs, inputs / 2)
     const char* metadata;  // (outputs, inputs / 8)
@@ -455,7 +456,8 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
     __syncthreads();
     add_up<SPARSE>(arg, memory, sums, row, rows, token, split, splits, 0);
 }
-#if SHARE
+
+#if SHARE_X
 __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
     u32 done;
     do {
@@ -468,62 +470,74 @@ __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
     } while (!done);
 }
 
-// A box at a column and a row, into this block.
-__device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int row, u32 barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(column), "r"(row),
-                 "r"(barrier)
-                 : "memory");
+// A box at a column and a row, into this block or at once into each of a set of blocks.
+template <bool SET>
+__device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int row, u32 barrier,
+                                         u16 blocks) {
+    if (SET)
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(&map),
+                     "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+                     : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                     "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(column), "r"(row),
+                     "r"(barrier)
+                     : "memory");
 }
 
-// The same, into each block of a set.
-__device__ __forceinline__ void copy_box_to(u32 to, const Map& map, int column, int row, u32 barrier,
-                                            u16 blocks) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(&map),
-                 "r"(column), "r"(row), "r"(barrier), "h"(blocks)
-                 : "memory");
-}
-
-// As `product`, in a cluster of SHARE rows of tiles times `splits`. Each block copies its own rows of
-// W^R, and a part of X for all blocks of its split; a stage is empty when all of them have read it.
+// As `product`, in a cluster of SHARE_X tiles of outputs times SHARE_W parts of tokens times `splits`.
+// Each block copies a part of its rows of W^R for all blocks that have the same, and a part of X
+// likewise; a stage is empty when all of those have read it.
 __device__ __forceinline__ void shared_product(const Arguments& arg, char* memory, int row, int token,
                                                int split, int splits, int member) {
+    const int above = member / SHARE_W, beside = member % SHARE_W;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int steps = (arg.inputs + STEP - 1) / STEP, share = (steps + splits - 1) / splits;
     const int begin = split * share, end = min(begin + share, steps);
     const u32 base = shared_address(memory), full = base + BARRIERS, empty = full + 8 * STAGES;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * s));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 33;" ::"r"(full + 8 * s));
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * s),
-                         "n"(SHARE * WM));
+                         "n"((SHARE_X + SHARE_W - 1) * WM));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
     cluster_barrier();
     if (warp == WM) {
-        if (lane != 0) return;
-        u16 sharing = 0;
-        for (int m = 0; m < SHARE; ++m) sharing |= 1 << (split + splits * m);
-        constexpr int PART = TOKENS / SHARE;
+        u16 of_x = 0, of_w = 0;
+        for (int m = 0; m < SHARE_X; ++m) of_x |= 1 << (split + splits * (m * SHARE_W + beside));
+        for (int m = 0; m < SHARE_W; ++m) of_w |= 1 << (split + splits * (above * SHARE_W + m));
+        const int first_row = ROWS / SHARE_W * beside, first_token = TOKENS / SHARE_X * above;
+        const long long pitch = arg.inputs / 8;
+        const char* metadata = arg.metadata + (row + lane) * pitch + STEP / 8 * begin;
         for (int step = begin; step < end; ++step) {
             const int number = step - begin, stage = number % STAGES;
             const u32 at = base + stage * STAGE, done = full + 8 * stage;
             wait_for(empty + 8 * stage, number / STAGES & 1 ^ 1);
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
-                         "n"(STAGE)
-                         : "memory");
-            copy_box(at, arg.values_map, STEP / 2 * step, row, done);
-            copy_box(at + A_BYTES + X_BYTES, arg.metadata_map, STEP / 8 * step, row, done);
-            for (int half = 0; half < 2; ++half) {
-                const u32 to = at + A_BYTES + 128 * (half * TOKENS + member * PART);
-                const int column = STEP * step + 64 * half, first = token + member * PART;
-                if (SHARE > 1) copy_box_to(to, arg.x_map, column, first, done, sharing);
-                else copy_box(to, arg.x_map, column, first, done);
+            if (lane == 0) {
+                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
+                             "n"(A_BYTES + X_BYTES)
+                             : "memory");
+                copy_box<(SHARE_W > 1)>(at + 128 * first_row, arg.values_map, STEP / 2 * step,
+                                        row + first_row, done, of_w);
+                for (int half = 0; half < 2; ++half)
+                    copy_box<(SHARE_X > 1)>(at + A_BYTES + 128 * (half * TOKENS + first_token),
+                                            arg.x_map, STEP * step + 64 * half,
+                                            token + first_token, done, of_x);
             }
+            // Of 16 bytes in a row the engine would make as much work as of 128.
+#pragma unroll
+            for (int r = 0; r < ROWS; r += 32)
+                copy<16>(at + A_BYTES + X_BYTES + 16 * (r + lane), metadata + r * pitch,
+                         row + r + lane < arg.outputs);
+            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(done)
+                         : "memory");
+            metadata += STEP / 8;
         }
+        asm volatile("cp.async.wait_all;");
         return;
     }
     float sums[MT][NT][4] = {};
@@ -531,11 +545,13 @@ __device__ __forceinline__ void shared_product(const Arguments& arg, char* memor
         const int number = step - begin, stage = number % STAGES;
         wait_for(full + 8 * stage, number / STAGES & 1);
         compute<true>(sums, base + stage * STAGE, arg.inputs - step * STEP);
-        if (lane < SHARE) {
+        if (lane < SHARE_X + SHARE_W - 1) {
+            const int other = lane - SHARE_X < beside ? lane - SHARE_X : lane - SHARE_X + 1;
+            const int from = lane < SHARE_X ? lane * SHARE_W + beside : above * SHARE_W + other;
             u32 theirs;
             asm("mapa.shared::cluster.u32 %0, %1, %2;"
                 : "=r"(theirs)
-                : "r"(empty + 8 * stage), "r"(split + splits * lane));
+                : "r"(empty + 8 * stage), "r"(split + splits * from));
             asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(theirs)
                          : "memory");
         }
@@ -545,7 +561,7 @@ __device__ __forceinline__ void shared_product(const Arguments& arg, char* memor
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS + (SHARE ? 32 : 0))
+extern "C" __global__ void __launch_bounds__(THREADS + (SHARE_X ? 32 : 0))
     slope_decode(const __grid_constant__ Arguments arg) {
     extern __shared__ __align__(1024) char memory[];
     if (!arg.y) let_next_begin();
@@ -562,12 +578,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + (SHARE ? 32 : 0))
         product<false>(arg, memory, arg.down, rest % low_tiles * ROWS, arg.rank,
                        block % parts * TOKENS, rest / low_tiles, arg.low_splits);
     } else if (block >= first) {
-        const int number = (block - first) / cluster, rest = number / parts;
-#if SHARE
+        const int number = (block - first) / cluster;
+#if SHARE_X
+        const int groups = (parts + SHARE_W - 1) / SHARE_W;
         const int place = (block - first) % cluster, member = place / arg.splits;
-        shared_product(arg, memory, (rest * SHARE + member) * ROWS, number % parts * TOKENS,
-                       place % arg.splits, arg.splits, member);
+        shared_product(arg, memory, (number / groups * SHARE_X + member / SHARE_W) * ROWS,
+                       (number % groups * SHARE_W + member % SHARE_W) * TOKENS, place % arg.splits,
+                       arg.splits, member);
 #else
+        const int rest = number / parts;
         const int tile = cluster > 1 ? rest : rest % tiles;
         const int split = cluster > 1 ? (block - first) % cluster : rest / tiles;
         product<true>(arg, memory, arg.values, tile * ROWS, arg.outputs, number % parts * TOKENS,

@@ -41,8 +41,9 @@ class MmaLaunch(NamedTuple):
         grouped: wgmma, four warps along the outputs sharing X; compute capability 9.0 alone.
         low_splits: blocks that share the columns of one tile of down; 0 without an adapter, also no
             constant of the source.
-        share: tiles of outputs whose blocks read X together, by the copy engine; 0 for copies by
+        share_x: blocks of the same tokens that read X together, by the copy engine; 0 for copies by
             all threads.
+        share_w: blocks of the same outputs that read Wᴿ together.
 
     Example:
         >>> str(MmaLaunch(8, 1, 4, 2, 3, splits=2, grouped=True))
@@ -59,11 +60,12 @@ class MmaLaunch(NamedTuple):
     splits: int = 1
     grouped: bool = False
     low_splits: int = 0
-    share: int = 0
+    share_x: int = 0
+    share_w: int = 1
 
     def __str__(self) -> str:
         """The name under which it is kept and reported."""
-        kind = f"s{self.share}" if self.share else "g" * self.grouped
+        kind = f"s{self.share_x}x{self.share_w}" if self.share_x else "g" * self.grouped
         name = f"{'.'.join(map(str, self[:5]))}{kind}/{self.splits}"
         return f"{name}/{self.low_splits}" if self.low_splits else name
 
@@ -73,11 +75,12 @@ class MmaLaunch(NamedTuple):
         """The inverse of ``str``; without splits it has one."""
         cut, *rest = name.split("/")
         splits, low_splits = (*map(int, rest), *(1, 0)[len(rest) :])
-        cut, shared, share = cut.partition("s")
+        cut, shared, shares = cut.partition("s")
+        share_x, share_w = map(int, shares.split("x")) if shared else (0, 1)
         tokens, tiles, rows, columns, stages = map(int, cut.rstrip("g").split("."))
         grouped = bool(shared) or cut.endswith("g")
         return cls(
-            tokens, tiles, rows, columns, stages, splits, grouped, low_splits, int(share or 0)
+            tokens, tiles, rows, columns, stages, splits, grouped, low_splits, share_x, share_w
         )
 
     @property
@@ -88,12 +91,12 @@ class MmaLaunch(NamedTuple):
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 32 * (self.row_warps * self.column_warps + (self.share > 0))
+        return 32 * (self.row_warps * self.column_warps + (self.share_x > 0))
 
     @property
     def cluster(self) -> int:
         """Blocks of a cluster that splits and shares."""
-        return self.splits * max(1, self.share)
+        return self.splits * max(1, self.share_x) * self.share_w
 
     @property
     def shared(self) -> int:
@@ -101,7 +104,7 @@ class MmaLaunch(NamedTuple):
         step, tokens = 128 * self.column_warps, 8 * self.token_tiles
         stage = self.rows * step + 2 * tokens * step + self.rows * step // 8
         most = max(self.stages * stage, 4 * self.column_warps * tokens * (self.rows + 4))
-        return most + 16 * self.stages if self.share else most
+        return most + 16 * self.stages if self.share_x else most
 
     def parts(self, tokens: int) -> int:
         """Blocks that share the tokens."""
@@ -152,7 +155,6 @@ class _MappedArguments(ctypes.Structure):
     _fields_ = (
         ("values_map", _Map),
         ("x_map", _Map),
-        ("metadata_map", _Map),
         ("rest", _Arguments),
         ("padding", ctypes.c_char * (-ctypes.sizeof(_Arguments) % 64)),
     )
@@ -203,11 +205,11 @@ def split(
     """Each cut as it is and split: a step or more for each part, no more than a cluster holds.
 
     A grid of many more blocks than a GPU has places for is not split. The copy engine reads rows of
-    metadata at multiples of 16 bytes, so cuts that share X want I divisible by 128.
+    metadata at multiples of 16 bytes, so cuts that use it want I divisible by 128.
     """
     found = []
     for cut in cuts:
-        if cut.share and in_features % 128:
+        if cut.share_x and in_features % 128:
             continue
         tiles = -(-out_features // cut.rows) * cut.parts(tokens)
         steps, blocks = in_features // (128 * cut.column_warps), LARGEST_CLUSTER // cut.cluster
@@ -283,7 +285,8 @@ def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int]:
     return dict(zip(names, launch, strict=False)) | {
         "BF16": int(dtype == torch.bfloat16),
         "GROUPED": int(launch.grouped),
-        "SHARE": launch.share,
+        "SHARE_X": launch.share_x,
+        "SHARE_W": launch.share_w,
     }
 
 
@@ -338,7 +341,7 @@ def decode_mma(
     kernel = _kernel(launch._replace(splits=1, low_splits=0), x.dtype, device)
     clusters, splits, parts = _has_clusters(device), launch.splits, launch.parts(tokens)
     rank = 0 if up is None else up.shape[1]
-    if launch.share:
+    if launch.share_x:
         cluster = launch.cluster
         if cluster > 1 and not kernel.holds(launch.threads, cluster):
             raise RuntimeError(f"the GPU has no room for a cluster of {cluster} such blocks")
@@ -364,9 +367,9 @@ def decode_mma(
     low_blocks = -(-rank // launch.rows) * parts * launch.low_splits
     tiles = -(-out_features // launch.rows)
     blocks = tiles * parts * splits
-    if launch.share:
-        blocks = -(-tiles // launch.share) * parts * launch.cluster
-        argument = _MappedArguments(*_maps(launch, x, values, metadata), argument)
+    if launch.share_x:
+        blocks = -(-tiles // launch.share_x) * -(-parts // launch.share_w) * launch.cluster
+        argument = _MappedArguments(*_maps(launch, x, values), argument)
     blocks += -(-low_blocks // cluster) * cluster
     stream = torch._C._cuda_getCurrentRawStream(device)
     kernel(blocks, launch.threads, argument, stream, cluster)
@@ -375,20 +378,14 @@ def decode_mma(
     return y
 
 
-def _maps(
-    launch: MmaLaunch, x: Tensor, values: Tensor, metadata: Tensor
-) -> tuple[_Map, _Map, _Map]:
-    """How the copy engine finds the tiles of the kept values, of X and of the metadata."""
+def _maps(launch: MmaLaunch, x: Tensor, values: Tensor) -> tuple[_Map, _Map]:
+    """How the copy engine finds the tiles of the kept values and of X."""
     kind = "bf16" if x.dtype == torch.bfloat16 else "fp16"
-    (tokens, in_features), out_features, rows = x.shape, values.shape[0], launch.rows
-    share = 8 * launch.token_tiles // launch.share
-    boxes = (
-        (values, kind, in_features // 2, out_features, in_features, 64, rows),
-        (x, kind, in_features, tokens, 2 * x.stride(0), 64, share),
-        (metadata, "bytes", in_features // 8, out_features, in_features // 8, 16, rows),
-    )
-    made = (nvrtc.tensor_map(tensor.data_ptr(), *box) for tensor, *box in boxes)
-    return tuple(_Map.from_buffer_copy(each) for each in made)  # type: ignore[return-value]
+    (tokens, in_features), out_features = x.shape, values.shape[0]
+    rows, share = launch.rows // launch.share_w, 8 * launch.token_tiles // launch.share_x
+    kept = values.data_ptr(), kind, in_features // 2, out_features, in_features, 64, rows
+    given = x.data_ptr(), kind, in_features, tokens, 2 * x.stride(0), 64, share
+    return tuple(_Map.from_buffer_copy(nvrtc.tensor_map(*box)) for box in (kept, given))  # type: ignore[return-value]
 
 
 def _aligned(tensor: Tensor) -> Tensor:

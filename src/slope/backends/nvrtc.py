@@ -196,7 +196,8 @@ class Kernel:
             raise NvrtcError(f"{function} returned CUDA error {status}")
 
 
-_KINDS = {"bytes": (0, 0), "fp16": (6, 3), "bf16": (9, 3)}  # CUtensorMapDataType, -Swizzle
+_KINDS = {"fp16": 6, "bf16": 9}  # CUtensorMapDataType
+_SWIZZLE_128, _PROMOTE_128 = 3, 2
 
 
 @functools.lru_cache(maxsize=4096)
@@ -205,9 +206,11 @@ def tensor_map(
 ) -> bytes:
     """``CUtensorMap`` of a matrix: what the copy engine reads boxes by. Zeros stand outside.
 
+    In shared memory the chunks of 16 bytes of 8 rows of 128 bytes are swapped.
+
     Args:
         address: of the first element, a multiple of 16.
-        kind: ``"bf16"`` and ``"fp16"`` are swapped in 128 bytes of 8 rows, ``"bytes"`` are not.
+        kind: ``"bf16"`` or ``"fp16"``.
         columns: of the matrix.
         rows: of the matrix.
         pitch: bytes from a row to the next, a multiple of 16.
@@ -219,12 +222,11 @@ def tensor_map(
     """
     room = ctypes.create_string_buffer(128 + 64)
     begin = -ctypes.addressof(room) % 64
-    dtype, swizzle = _KINDS[kind]
     status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(ctypes.addressof(room) + begin), dtype, 2, ctypes.c_void_p(address),
+        ctypes.c_void_p(ctypes.addressof(room) + begin), _KINDS[kind], 2, ctypes.c_void_p(address),
         (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(pitch),
         (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1),
-        0, swizzle, 2, 0,
+        0, _SWIZZLE_128, _PROMOTE_128, 0,
     )  # fmt: skip
     if status:
         raise NvrtcError(f"cuTensorMapEncodeTiled returned CUDA error {status}")
