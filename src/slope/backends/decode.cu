@@ -253,9 +253,23 @@ __device__ __forceinline__ int cluster_blocks() {
     return blocks;
 }
 
+// All blocks of the cluster are here. What they wrote before need not be seen.
+__device__ __forceinline__ void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" :::
+                     "memory");
+}
+
+// They are here, and shared memory is as each of them left it. The full release and acquire would
+// wait for global memory too, in about the time of a step.
 __device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+    cluster_meet();
+    asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+#else
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" :::
+                     "memory");
+#endif
 }
 
 // Four sums of all blocks of the cluster, in the order of the blocks.
@@ -277,6 +291,7 @@ __device__ __forceinline__ float4 sum_of_blocks(const float4* own, int lead, int
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 #else
 __device__ __forceinline__ int cluster_blocks() { return 1; }
+__device__ __forceinline__ void cluster_meet() {}
 __device__ __forceinline__ void cluster_barrier() {}
 __device__ __forceinline__ float4 sum_of_blocks(const float4* own, int, int) { return *own; }
 __device__ __forceinline__ void let_next_begin() {}
@@ -409,7 +424,7 @@ __device__ __forceinline__ void add_up(const Arguments& arg, char* memory, float
             *reinterpret_cast<float4*>(arg.partial + skipped + at) = sum;
         }
     }
-    if (together) cluster_barrier();  // the others may still read this block's sums
+    if (together) cluster_meet();  // the others may still read this block's sums
 }
 
 // sums = rows of A times X over this split, from a token on.
@@ -505,7 +520,7 @@ __device__ __forceinline__ void shared_product(const Arguments& arg, char* memor
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
-    cluster_barrier();
+    cluster_meet();
     if (warp == WM) {
         u16 of_x = 0, of_w = 0;
         for (int m = 0; m < SHARE_X; ++m) of_x |= 1 << (split + splits * (m * SHARE_W + beside));
@@ -528,7 +543,6 @@ __device__ __forceinline__ void shared_product(const Arguments& arg, char* memor
                                             arg.x_map, STEP * step + 64 * half,
                                             token + first_token, done, of_x);
             }
-            // Of 16 bytes in a row the engine would make as much work as of 128.
 #pragma unroll
             for (int r = 0; r < ROWS; r += 32)
                 copy<16>(at + A_BYTES + X_BYTES + 16 * (r + lane), metadata + r * pitch,
@@ -552,8 +566,7 @@ __device__ __forceinline__ void shared_product(const Arguments& arg, char* memor
             asm("mapa.shared::cluster.u32 %0, %1, %2;"
                 : "=r"(theirs)
                 : "r"(empty + 8 * stage), "r"(split + splits * from));
-            asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(theirs)
-                         : "memory");
+            asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(theirs) : "memory");
         }
     }
     __syncthreads();
