@@ -245,12 +245,12 @@ def _time_kernels(call: Callable[[], Any]) -> float:
     """Milliseconds of a round's calls without the host's time, weights read from memory.
 
     The calls are queued twice: first to see how long that takes, then behind a kernel that sleeps
-    as long. Between them the L2 cache is overwritten, as a model's other layers do, unless there is
-    no memory left for that.
+    as long. Between them other memory is read through the L2 cache, as a model's other layers do,
+    unless there is none left for that. Written, it would have to go back to memory meanwhile.
     """
     scratch = None
     with contextlib.suppress(torch.OutOfMemoryError):
-        scratch = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        scratch = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
     pairs = [_events() for _ in range(CALLS_PER_ROUND)]
     seconds = 0.0
     for asleep in (False, True):
@@ -260,7 +260,7 @@ def _time_kernels(call: Callable[[], Any]) -> float:
         started = time.perf_counter()
         for begin, end in pairs:
             if scratch is not None:
-                scratch.zero_()
+                scratch.sum()
             begin.record()
             call()
             end.record()
