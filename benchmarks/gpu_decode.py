@@ -66,19 +66,27 @@ GROUPED = {
         (1, 4, 1, 4), (1, 4, 1, 6), (1, 4, 2, 3), (1, 4, 2, 4), (2, 4, 2, 2), (2, 4, 2, 3),
         (1, 8, 1, 4), (1, 8, 2, 3), (2, 8, 1, 3), (2, 8, 1, 4),
     ),
+    16: ((1, 4, 1, 4), (1, 8, 1, 2), (1, 8, 1, 4)),
+}  # fmt: skip
+# The same with tiles that the tensor memory accelerator copies.
+BY_TMA = {
+    2: (
+        (1, 4, 1, 8), (1, 4, 1, 4), (1, 8, 1, 10), (1, 8, 1, 5), (1, 4, 2, 8), (1, 4, 2, 4),
+        (1, 8, 2, 4),
+    ),
+    4: (
+        (1, 4, 1, 6), (1, 8, 1, 8), (1, 8, 1, 4), (2, 8, 1, 4), (1, 12, 1, 5), (1, 4, 2, 6),
+        (1, 4, 2, 12), (1, 8, 2, 8),
+    ),
+    8: (
+        (1, 4, 1, 8), (1, 4, 1, 4), (1, 8, 1, 6), (1, 8, 1, 3), (1, 12, 1, 5), (2, 8, 1, 4),
+        (1, 4, 2, 4), (1, 4, 2, 8), (1, 8, 2, 6), (1, 4, 3, 9), (1, 4, 4, 8),
+    ),
     16: (
-        (1, 4, 1, 2), (1, 4, 1, 4), (1, 4, 2, 2), (1, 8, 1, 2), (1, 8, 1, 4), (2, 4, 1, 2),
-        (2, 4, 1, 4), (2, 8, 1, 3),
+        (1, 4, 1, 5), (1, 4, 1, 2), (1, 8, 1, 4), (1, 12, 1, 3), (2, 8, 1, 3), (1, 4, 2, 4),
+        (1, 4, 3, 3), (2, 4, 2, 4),
     ),
 }  # fmt: skip
-# And by the copy engine: row_tiles, row_warps, stages; column_warps is 1.
-COPIED = {
-    2: ((1, 4, 8), (1, 4, 4), (1, 8, 10), (1, 8, 5)),
-    4: ((1, 4, 12), (1, 4, 6), (1, 8, 8), (1, 8, 4), (2, 8, 4), (2, 8, 2)),
-    8: ((1, 4, 8), (1, 4, 4), (1, 8, 6), (1, 8, 3), (1, 12, 5), (2, 8, 4)),
-    16: ((1, 4, 5), (1, 4, 2), (1, 8, 4), (1, 12, 3), (2, 8, 3)),
-}
-SHARED = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4))  # share_x, share_w
 LOW_SPLITS = (0, 2, 4, 8, 16)
 
 
@@ -130,19 +138,9 @@ def cuts_of(tokens: int, named: str) -> list[MmaLaunch]:
         least = next((most for most in GROUPED if tokens <= 8 * most), max(GROUPED))
         for tiles in (least,) if tokens <= MAX_TOKENS else (8, 16):
             cuts += [MmaLaunch(tiles, *cut, grouped=True) for cut in GROUPED[tiles]]
-            cuts += copied(tiles, -(-tokens // (8 * tiles)))
+            cuts += [MmaLaunch(tiles, *cut, grouped=True, tma=True) for cut in BY_TMA[tiles]]
     memory = decoding_mma._shared_memory(0)
     return [cut for cut in cuts if cut.shared <= memory and named in str(cut)]
-
-
-def copied(tiles: int, parts: int) -> list[MmaLaunch]:
-    """Cuts by the copy engine, shared in all ways that parts of the tokens allow."""
-    return [
-        MmaLaunch(tiles, *cut[:2], 1, cut[2], 1, True, 0, share_x, share_w)
-        for cut in COPIED[tiles]
-        for share_x, share_w in SHARED
-        if share_w <= parts and tiles % share_x == 0
-    ]
 
 
 def candidates(

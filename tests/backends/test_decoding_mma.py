@@ -115,13 +115,16 @@ def test_cuts_with_wgmma(hopper):
         # Four warps share X, whose columns begin at a multiple of 1024 bytes.
         assert all(cut.row_warps % 4 == 0 for cut in cuts if cut.grouped)
         assert all(16 * cut.rows * cut.column_warps % 1024 == 0 for cut in cuts if cut.grouped)
+        # A stage is always read by the same warps.
+        assert all(cut.stages % cut.column_warps == 0 for cut in cuts if cut.tma)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_launches(hopper, shape):
     for tokens in (1, 16, 64, 1024):
         found = [MmaLaunch.parse(name) for name in launches(tokens, *shape, 0, 0)]
-        assert {one._replace(splits=1) for one in found} == set(cuts_for(tokens, 0))
+        served = {cut for cut in cuts_for(tokens, 0) if shape[1] % 128 == 0 or not cut.tma}
+        assert {one._replace(splits=1) for one in found} == served
         for one in found:
             assert 1 <= one.splits <= decoding_mma.LARGEST_CLUSTER
             if one.splits > 1:
@@ -133,8 +136,10 @@ def test_launches(hopper, shape):
         ways = [MmaLaunch.parse(name) for name in launches(tokens, *shape, 24, 0)]
         assert {one.low_splits for one in ways} == low and len(ways) == len(low) * len(found)
         assert {one._replace(low_splits=0) for one in ways} == set(found)
-    assert len(launches(64, 64, 64, 0, 0)) == len(cuts_for(64, 0))
-    assert "8.1.4.1.4g/6" in launches(64, 768, 768, 0, 0)  # a step for each
+    # One step cannot be split, and rows of 8 bytes of metadata are not for TMA.
+    copied_by_threads = [str(cut) for cut in cuts_for(64, 0) if not cut.tma]
+    assert launches(64, 64, 64, 0, 0) == copied_by_threads
+    assert "8.1.4.1.4t/6" in launches(64, 768, 768, 0, 0)  # a step for each
 
 
 def test_the_figures_of_a_cut():
@@ -203,7 +208,8 @@ def launched(monkeypatch):
                 assert clusters and threads == self.cut.threads and cluster > 1
                 return room
 
-            def __call__(self, *given):
+            def __call__(self, *given, early):
+                assert early == clusters
                 seen.append((self.cut, *given))
 
         def finish(partial, *given, **options):
@@ -279,14 +285,8 @@ def test_a_part_of_a_gpu_without_room_for_the_cluster_adds_in_a_second_launch(la
     assert (blocks, cluster, finished) == (15, 1, [3])
 
 
-@pytest.mark.parametrize(
-    ("splits", "rank", "blocks", "cluster"), [(1, 0, 6, 2), (4, 0, 24, 8), (2, 20, 16, 4)]
-)
-def test_blocks_that_share_x_stand_in_a_cluster(
-    launched, monkeypatch, splits, rank, blocks, cluster
-):
-    """Five tiles of 64 outputs are three pairs; down has one tile in two parts, in a cluster."""
-    seen, finished = launched(True)
+def test_tma_is_told_of_tiles(launched, monkeypatch):
+    seen, _ = launched(True)
     maps = []
 
     def tensor_map(*given):
@@ -296,17 +296,14 @@ def test_blocks_that_share_x_stand_in_a_cluster(
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
     x, values = torch.zeros(17, 256, dtype=BF16), torch.zeros(300, 128, dtype=BF16)
     metadata = torch.zeros(300, 32, dtype=torch.uint8)
-    down = torch.zeros(rank, 256, dtype=BF16) if rank else None
-    up = torch.zeros(300, rank, dtype=BF16) if rank else None
-    launch = MmaLaunch(4, 1, 4, 1, 4, splits, True, 2 if rank else 0, share_x=2)
-    decode_mma(x, values, metadata, None, down, up, 1.0, launch)
+    launch = MmaLaunch(4, 1, 4, 2, 4, 2, True, tma=True)
+    decode_mma(x, values, metadata, None, None, None, 1.0, launch)
     ((_, grid, threads, argument, _, together),) = seen
-    assert (grid, threads, together) == (blocks, 160, cluster)
-    assert finished == [1] * (rank > 0)
-    assert argument.rest.splits == splits
+    assert (grid, threads, together) == (5 * 2, 32 * (4 * 2 + 1), 2)
+    assert argument.rest.splits == 2
     assert maps == [
         (values.data_ptr(), "bf16", 128, 300, 256, 64, 64),
-        (x.data_ptr(), "bf16", 256, 17, 512, 64, 16),
+        (x.data_ptr(), "bf16", 256, 17, 512, 64, 32),
     ]
 
 
@@ -344,7 +341,7 @@ class Driver:
 def kernel():
     def made(*statuses):
         one = nvrtc.Kernel.__new__(nvrtc.Kernel)
-        one._driver, one._shared, one._holds = Driver(*statuses), 4096, {}
+        one._driver, one._shared, one._holds, one._configs = Driver(*statuses), 4096, {}, {}
         one._function = ctypes.c_void_p(1)
         return one
 
@@ -354,15 +351,18 @@ def kernel():
 def test_what_the_driver_is_asked(kernel):
     one, argument = kernel(), decoding_mma._Arguments()
     one(6, 128, argument, 7)
-    one(6, 128, argument, 7, 3)
+    one(6, 128, argument, 7, 3, early=True)
     assert [one.holds(128, cluster) for cluster in (2, 4, 2)] == [True, False, True]
     (plain, clustered, *asked) = one._driver.asked
-    assert plain[0] == "cuLaunchKernel" and plain[1][1:7] == (6, 1, 1, 128, 1, 1)
-    assert clustered[0] == "cuLaunchKernelEx"
-    config = clustered[1][0]._obj
-    assert [*config.grid, *config.block, config.shared] == [6, 1, 1, 128, 1, 1, 4096]
-    assert (config.stream, config.number, config.attributes[0].id) == (7, 1, 4)
-    assert config.attributes[0].value[:3] == [3, 1, 1]
+    configs = []
+    for name, (config, *_) in (plain, clustered):
+        assert name == "cuLaunchKernelEx"
+        configs.append(config._obj)
+        assert [*config._obj.grid, *config._obj.block] == [6, 1, 1, 128, 1, 1]
+        assert (config._obj.shared, config._obj.stream) == (4096, 7)
+    assert [config.number for config in configs] == [0, 2]
+    by_key = {one.id: [*one.value[:3]] for one in configs[1].attributes[:2]}
+    assert by_key == {4: [3, 1, 1], 6: [1, 0, 0]}
     assert len(asked) == 2  # the third was known
 
 
@@ -373,7 +373,7 @@ def test_a_thread_without_a_context_gets_one(kernel, monkeypatch):
     one = kernel(201)
     one(6, 128, decoding_mma._Arguments(), 7)
     assert chosen == [1] and len(one._driver.asked) == 2
-    with pytest.raises(nvrtc.NvrtcError, match="cuLaunchKernel returned CUDA error 700"):
+    with pytest.raises(nvrtc.NvrtcError, match="cuLaunchKernelEx returned CUDA error 700"):
         kernel(700)(6, 128, decoding_mma._Arguments(), 7)
 
 

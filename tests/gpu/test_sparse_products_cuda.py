@@ -139,32 +139,35 @@ def test_a_decode_kernel_by_name(shape, dtype, backend):
 @pytest.mark.parametrize("rank", [0, 40])
 @pytest.mark.parametrize("splits", [1, 2, 5, 7, 8, 9])
 def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
-    layer = a_layer((320, 1600), values_dtype=torch.bfloat16).requires_grad_(False)
-    exact = layer.to_dense().double()
-    down = torch.randn(rank, 1600, device="cuda", dtype=torch.bfloat16) if rank else None
-    up = torch.randn(320, rank, device="cuda", dtype=torch.bfloat16) if rank else None
-    for most in (8, 16, 32, 64, 210):
-        for cut in decoding_mma.cuts_for(most, 0):
-            launch = cut._replace(splits=splits, low_splits=min(splits, 3) if rank else 0)
-            x = torch.randn(most - most // 3, 1600, device="cuda", dtype=torch.bfloat16)
-            given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1, launch
-            y = decoding_mma.decode_mma(*given)
+    for inputs in (1600, 1664):
+        layer = a_layer((320, inputs), values_dtype=torch.bfloat16).requires_grad_(False)
+        exact = layer.to_dense().double()
+        down = torch.randn(rank, inputs, device="cuda", dtype=torch.bfloat16) if rank else None
+        up = torch.randn(320, rank, device="cuda", dtype=torch.bfloat16) if rank else None
+        for most in (8, 16, 32, 64, 210):
+            x = torch.randn(most - most // 3, inputs, device="cuda", dtype=torch.bfloat16)
             expected = x.double() @ exact.t() + layer.bias.double()
             if rank:
                 low = (x.double() @ down.double().t()).to(x.dtype).double()
                 expected += 0.1 * low @ up.double().t()
-            assert error(y, expected) < ROUNDING[torch.bfloat16]
-            assert torch.equal(y, decoding_mma.decode_mma(*given))
+            for cut in decoding_mma.cuts_for(most, 0):
+                if cut.tma != (inputs == 1664):  # divisible by 128
+                    continue
+                launch = cut._replace(splits=splits, low_splits=min(splits, 3) if rank else 0)
+                given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1, launch
+                y = decoding_mma.decode_mma(*given)
+                assert error(y, expected) < ROUNDING[torch.bfloat16], launch
+                assert torch.equal(y, decoding_mma.decode_mma(*given)), launch
 
 
 @pytest.mark.parametrize("rank", [0, 40])
 @pytest.mark.parametrize(
     "name",
-    ["2.1.8.1.4s2x1/1", "4.1.4.1.6s2x1/3", "8.1.8.1.6s1x1/2", "8.1.4.1.8s2x2/2", "8.1.4.1.4s4x1/2",
-     "8.2.8.1.4s2x1/1", "16.1.8.1.4s4x2/1", "16.2.8.1.3s2x1/3", "16.1.8.1.2s1x2/3",
-     "8.1.4.1.4s2x4/1"],
+    ["2.1.8.1.5t/1", "2.1.4.2.4t/3", "4.1.4.1.6t/3", "4.1.12.1.5t/1", "8.1.8.1.6t/2",
+     "8.1.4.2.8t/5", "8.2.8.1.4t/8", "16.1.8.1.4t/1", "16.1.4.2.4t/2", "16.1.4.3.3t/2",
+     "16.1.12.1.3t/1", "16.2.8.1.3t/3"],
 )  # fmt: skip
-def test_cuts_whose_blocks_share_x(name, rank):
+def test_cuts_whose_tiles_are_copied_by_tma(name, rank):
     launch = decoding_mma.MmaLaunch.parse(name)._replace(low_splits=3 if rank else 0)
     if not decoding_mma._has_wgmma(0):
         pytest.skip("needs compute capability 9.0")
@@ -182,6 +185,29 @@ def test_cuts_whose_blocks_share_x(name, rank):
             expected += 0.1 * low @ up.double().t()
         assert error(y, expected) < ROUNDING[torch.bfloat16]
         assert torch.equal(y, decoding_mma.decode_mma(*given))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 200])
+def test_a_chain_of_decode_kernels_equals_one_at_a_time(tokens):
+    """Each may begin before the one whose Y it reads has ended."""
+    layer = a_layer((2048, 2048), values_dtype=torch.bfloat16).requires_grad_(False)
+    values = layer.values / layer.values.float().norm() * 2048**0.5
+    first = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
+    cuts = decoding_mma.split(decoding_mma.cuts_for(tokens, 0), tokens, 2048, 2048)
+
+    def chain(launch, alone):
+        x = first
+        for _ in range(24):
+            x = decoding_mma.decode_mma(x, values, layer.metadata, None, None, None, 1.0, launch)
+            if alone:
+                torch.cuda.synchronize()
+        return x
+
+    for launch in cuts:
+        expected = chain(launch, alone=True)
+        assert expected.isfinite().all() and expected.abs().max() > 1e-6
+        for _ in range(4):
+            assert torch.equal(chain(launch, alone=False), expected), launch
 
 
 @pytest.mark.parametrize("rank", [0, 40])

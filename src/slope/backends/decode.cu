@@ -8,9 +8,8 @@
 //   BF16    1 for bf16, 0 for fp16
 //   GROUPED 1 for wgmma: four warps along the outputs share X, which the tensor cores then read
 //           out of shared memory themselves (sm_90a)
-//   SHARE_X blocks of a cluster, of the same tokens, that read X once for all of them; tiles then
-//           come by the copy engine, at the word of one more warp. 0 for copies by all threads
-//   SHARE_W blocks of a cluster, of the same outputs, that read W^R once for all of them
+//   TMA     1 where the tensor memory accelerator copies tiles, at the word of one more warp; warps
+//           along the inputs then take turns (GROUPED). 0 for copies by all threads
 //
 // A block owns ROWS outputs of TOKENS tokens and walks over the inputs in steps of STEP bytes of a
 // row of A, which is W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared
@@ -26,28 +25,28 @@ typedef unsigned long long u64;
 
 constexpr int TOKENS = 8 * NT;
 constexpr int ROWS = 16 * MT * WM;
-constexpr int STEP = 128 * WK;
+constexpr int WIDE = TMA ? 1 : WK;  // warps side by side in a step
+constexpr int STEP = 128 * WIDE;
 constexpr int THREADS = 32 * WM * WK;
 constexpr int A_BYTES = ROWS * STEP;
 constexpr int X_BYTES = TOKENS * 2 * STEP;
 constexpr int STAGE = A_BYTES + X_BYTES + ROWS * STEP / 8;
 constexpr int SUM_STRIDE = ROWS + 4;
 constexpr int GROUPS = TOKENS * ROWS / 4;
-constexpr int BARRIERS = SHARE_X ? (STAGES * STAGE > 4 * WK * TOKENS * SUM_STRIDE
-                                        ? STAGES * STAGE
-                                        : 4 * WK * TOKENS * SUM_STRIDE)
-                                 : 0;  // where they stand: full ones, then empty ones
-static_assert(!SHARE_X || (WK == 1 && GROUPED && TOKENS / SHARE_X % 8 == 0 && ROWS / SHARE_W % 8 == 0),
-              "what the copy engine serves");
+constexpr int SUMS_BYTES = 4 * WK * TOKENS * SUM_STRIDE;
+constexpr int BARRIERS = STAGES * STAGE > SUMS_BYTES ? STAGES * STAGE : SUMS_BYTES;  // begin there
+static_assert(!TMA || GROUPED, "the accelerator lays X out as wgmma wants it");
+// Else a warp would ask for a phase of a stage while an earlier one, of another warp, is pending.
+static_assert(!TMA || STAGES % WK == 0, "a stage is always read by the same warps");
 
 struct alignas(64) Map {
     char bytes[128];
 };
 
 struct Arguments {
-#if SHARE_X
-    Map values_map;  // boxes of 64 x ROWS / SHARE_W, swapped by 128 bytes
-    Map x_map;       // boxes of 64 x TOKENS / SHARE_X, likewise
+#if TMA
+    Map values_map;  // boxes of 64 x ROWS, swapped by 128 bytes
+    Map x_map;       // boxes of 64 x TOKENS, likewise
 #endif
     const char* values;    // (outputs, inputs / 2)
     const char* metadata;  // (outputs, inputs / 8)
@@ -273,9 +272,9 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 
 // Four sums of all blocks of the cluster, in the order of the blocks.
-__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int lead, int blocks) {
+__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int blocks) {
     float4 sum = {};
-    for (u32 block = lead; block < lead + blocks; ++block) {
+    for (u32 block = 0; block < blocks; ++block) {
         u32 at;
         float4 part;
         asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(own)), "r"(block));
@@ -287,14 +286,16 @@ __device__ __forceinline__ float4 sum_of_blocks(const float4* own, int lead, int
     return sum;
 }
 
-// The kernel that adds partial sums may come in where there is room, and waits itself.
+// The next kernel of the stream, if it is one that waits itself, may come in where there is room.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 #else
 __device__ __forceinline__ int cluster_blocks() { return 1; }
 __device__ __forceinline__ void cluster_meet() {}
 __device__ __forceinline__ void cluster_barrier() {}
-__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int, int) { return *own; }
+__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int) { return *own; }
 __device__ __forceinline__ void let_next_begin() {}
+__device__ __forceinline__ void wait_for_previous() {}
 #endif
 
 // Four outputs of a token in shared memory, by the first warps along the inputs.
@@ -313,7 +314,7 @@ __device__ __forceinline__ float4 sum_of_warps(float* shared, int number) {
 template <bool SPARSE>
 __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int columns) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row = warp % WM * 16 * MT, wk = warp / WM;
+    const int row = warp % WM * 16 * MT, wk = TMA ? 0 : warp / WM;
     const u32 at_a = stage + (row + lane % 16) * STEP + 128 * wk + 16 * (lane / 16 ^ lane % 8);
     const u32 at_e = stage + A_BYTES + X_BYTES + (row + lane / 4) * (STEP / 8) + 16 * wk;
     u32 lower[MT][4], upper[MT][4];
@@ -378,12 +379,10 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
 #endif
 }
 
-// The warps along the inputs are added in order, then the blocks of a cluster from its block `lead`
-// on; and what is to become of the sums.
+// The warps along the inputs are added in order, then the blocks of a cluster.
 template <bool SPARSE>
 __device__ __forceinline__ void add_up(const Arguments& arg, char* memory, float (&sums)[MT][NT][4],
-                                       int row, int rows, int token, int split, int splits,
-                                       int lead) {
+                                       int row, int rows, int token, int split, int splits) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wk = warp / WM;
     float* shared = reinterpret_cast<float*>(memory);
 #pragma unroll
@@ -408,7 +407,7 @@ __device__ __forceinline__ void add_up(const Arguments& arg, char* memory, float
     for (int i = first + threadIdx.x; i < GROUPS; i += stride) {
         const int t = i / (ROWS / 4) + token, r = i % (ROWS / 4) * 4 + row;
         if (t >= arg.tokens || r >= rows) continue;
-        const float4 sum = together ? sum_of_blocks(group(shared, i), lead, splits) : sum_of_warps(shared, i);
+        const float4 sum = together ? sum_of_blocks(group(shared, i), splits) : sum_of_warps(shared, i);
         const long long at = static_cast<long long>(t) * rows + r;
         const long long skipped = static_cast<long long>(together ? 0 : split) * arg.tokens * rows;
         if (!SPARSE) {
@@ -425,6 +424,15 @@ __device__ __forceinline__ void add_up(const Arguments& arg, char* memory, float
         }
     }
     if (together) cluster_meet();  // the others may still read this block's sums
+}
+
+// The first bytes of each row of a tile go to the L2 cache while the kernel before may be at work
+// still. It may be writing them: nothing is read.
+__device__ __forceinline__ void warm_up(const char* matrix, long long pitch, int row, int rows,
+                                        int begin, int bytes) {
+    for (int r = threadIdx.x; r < min(ROWS, rows - row); r += THREADS)
+        for (int at = begin; at < min(begin + bytes, static_cast<int>(pitch)); at += 128)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(matrix + (row + r) * pitch + at));
 }
 
 // sums = rows of A times X over this split, from a token on.
@@ -453,6 +461,9 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
         }
         asm volatile("cp.async.commit_group;");
     };
+    warm_up(a, a_row, row, rows, begin * STEP, min(STAGES, end - begin) * STEP);
+    if (SPARSE) warm_up(arg.metadata, arg.inputs / 8, row, rows, begin * STEP / 8, 1);
+    wait_for_previous();
     float sums[MT][NT][4] = {};
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) fetch(begin + s, s);
@@ -463,16 +474,18 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
         if (GROUPED) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();
         fetch(step + STAGES - 1, write);
-        compute<SPARSE>(sums, base + read * STAGE, arg.inputs - step * width - wk * (width / WK));
+        if (!TMA || (step - begin) % WK == wk)
+            compute<SPARSE>(sums, base + read * STAGE,
+                            arg.inputs - step * width - (TMA ? 0 : wk * (width / WK)));
         read = read + 1 == STAGES ? 0 : read + 1;
         write = write + 1 == STAGES ? 0 : write + 1;
     }
     asm volatile("cp.async.wait_group 0;");
     __syncthreads();
-    add_up<SPARSE>(arg, memory, sums, row, rows, token, split, splits, 0);
+    add_up<SPARSE>(arg, memory, sums, row, rows, token, split, splits);
 }
 
-#if SHARE_X
+#if TMA
 __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
     u32 done;
     do {
@@ -485,28 +498,18 @@ __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
     } while (!done);
 }
 
-// A box at a column and a row, into this block or at once into each of a set of blocks.
-template <bool SET>
-__device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int row, u32 barrier,
-                                         u16 blocks) {
-    if (SET)
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                     ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(&map),
-                     "r"(column), "r"(row), "r"(barrier), "h"(blocks)
-                     : "memory");
-    else
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                     "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(column), "r"(row),
-                     "r"(barrier)
-                     : "memory");
+// A box at a column and a row.
+__device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(column), "r"(row),
+                 "r"(barrier)
+                 : "memory");
 }
 
-// As `product`, in a cluster of SHARE_X tiles of outputs times SHARE_W parts of tokens times `splits`.
-// Each block copies a part of its rows of W^R for all blocks that have the same, and a part of X
-// likewise; a stage is empty when all of those have read it.
-__device__ __forceinline__ void shared_product(const Arguments& arg, char* memory, int row, int token,
-                                               int split, int splits, int member) {
-    const int above = member / SHARE_W, beside = member % SHARE_W;
+// As `product` of W^R, whose last warp does nothing but copy. A stage is full when its boxes and the
+// metadata, which the lanes of that warp copy, have come; empty when all warps have read it.
+__device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memory, int row, int token,
+                                               int split, int splits) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int steps = (arg.inputs + STEP - 1) / STEP, share = (steps + splits - 1) / splits;
     const int begin = split * share, end = min(begin + share, steps);
@@ -514,34 +517,29 @@ __device__ __forceinline__ void shared_product(const Arguments& arg, char* memor
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 33;" ::"r"(full + 8 * s));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * s),
-                         "n"((SHARE_X + SHARE_W - 1) * WM));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * s), "n"(WM));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    __syncwarp();
-    cluster_meet();
-    if (warp == WM) {
-        u16 of_x = 0, of_w = 0;
-        for (int m = 0; m < SHARE_X; ++m) of_x |= 1 << (split + splits * (m * SHARE_W + beside));
-        for (int m = 0; m < SHARE_W; ++m) of_w |= 1 << (split + splits * (above * SHARE_W + m));
-        const int first_row = ROWS / SHARE_W * beside, first_token = TOKENS / SHARE_X * above;
+    warm_up(arg.values, arg.inputs, row, arg.outputs, begin * STEP, min(STAGES, end - begin) * STEP);
+    warm_up(arg.metadata, arg.inputs / 8, row, arg.outputs, begin * STEP / 8, 1);
+    __syncthreads();
+    wait_for_previous();
+    if (warp == WM * WK) {
         const long long pitch = arg.inputs / 8;
         const char* metadata = arg.metadata + (row + lane) * pitch + STEP / 8 * begin;
         for (int step = begin; step < end; ++step) {
             const int number = step - begin, stage = number % STAGES;
             const u32 at = base + stage * STAGE, done = full + 8 * stage;
-            wait_for(empty + 8 * stage, number / STAGES & 1 ^ 1);
+            wait_for(empty + 8 * stage, (number / STAGES & 1) ^ 1);
             if (lane == 0) {
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
                              "n"(A_BYTES + X_BYTES)
                              : "memory");
-                copy_box<(SHARE_W > 1)>(at + 128 * first_row, arg.values_map, STEP / 2 * step,
-                                        row + first_row, done, of_w);
+                copy_box(at, arg.values_map, STEP / 2 * step, row, done);
                 for (int half = 0; half < 2; ++half)
-                    copy_box<(SHARE_X > 1)>(at + A_BYTES + 128 * (half * TOKENS + first_token),
-                                            arg.x_map, STEP * step + 64 * half,
-                                            token + first_token, done, of_x);
+                    copy_box(at + A_BYTES + half * (128 * TOKENS), arg.x_map,
+                             STEP * step + 64 * half, token, done);
             }
 #pragma unroll
             for (int r = 0; r < ROWS; r += 32)
@@ -555,29 +553,23 @@ __device__ __forceinline__ void shared_product(const Arguments& arg, char* memor
         return;
     }
     float sums[MT][NT][4] = {};
-    for (int step = begin; step < end; ++step) {
+    for (int step = begin + warp / WM; step < end; step += WK) {
         const int number = step - begin, stage = number % STAGES;
         wait_for(full + 8 * stage, number / STAGES & 1);
         compute<true>(sums, base + stage * STAGE, arg.inputs - step * STEP);
-        if (lane < SHARE_X + SHARE_W - 1) {
-            const int other = lane - SHARE_X < beside ? lane - SHARE_X : lane - SHARE_X + 1;
-            const int from = lane < SHARE_X ? lane * SHARE_W + beside : above * SHARE_W + other;
-            u32 theirs;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;"
-                : "=r"(theirs)
-                : "r"(empty + 8 * stage), "r"(split + splits * from));
-            asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(theirs) : "memory");
-        }
+        if (lane == 0)
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * stage)
+                         : "memory");
     }
     __syncthreads();
-    add_up<true>(arg, memory, sums, row, arg.outputs, token, split, splits, splits * member);
+    add_up<true>(arg, memory, sums, row, arg.outputs, token, split, splits);
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS + (SHARE_X ? 32 : 0))
+extern "C" __global__ void __launch_bounds__(THREADS + (TMA ? 32 : 0))
     slope_decode(const __grid_constant__ Arguments arg) {
     extern __shared__ __align__(1024) char memory[];
-    if (!arg.y) let_next_begin();
+    let_next_begin();
     const int tiles = (arg.outputs + ROWS - 1) / ROWS, cluster = cluster_blocks();
     const int low_tiles = (arg.rank + ROWS - 1) / ROWS, parts = (arg.tokens + TOKENS - 1) / TOKENS;
     const int low_blocks = low_tiles * parts * arg.low_splits;
@@ -591,19 +583,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + (SHARE_X ? 32 : 0))
         product<false>(arg, memory, arg.down, rest % low_tiles * ROWS, arg.rank,
                        block % parts * TOKENS, rest / low_tiles, arg.low_splits);
     } else if (block >= first) {
-        const int number = (block - first) / cluster;
-#if SHARE_X
-        const int groups = (parts + SHARE_W - 1) / SHARE_W;
-        const int place = (block - first) % cluster, member = place / arg.splits;
-        shared_product(arg, memory, (number / groups * SHARE_X + member / SHARE_W) * ROWS,
-                       (number % groups * SHARE_W + member % SHARE_W) * TOKENS, place % arg.splits,
-                       arg.splits, member);
-#else
-        const int rest = number / parts;
+        const int number = (block - first) / cluster, rest = number / parts;
         const int tile = cluster > 1 ? rest : rest % tiles;
         const int split = cluster > 1 ? (block - first) % cluster : rest / tiles;
-        product<true>(arg, memory, arg.values, tile * ROWS, arg.outputs, number % parts * TOKENS,
-                      split, arg.splits);
+        const int row = tile * ROWS, token = number % parts * TOKENS;
+#if TMA
+        product_by_tma(arg, memory, row, token, split, arg.splits);
+#else
+        product<true>(arg, memory, arg.values, row, arg.outputs, token, split, arg.splits);
 #endif
     }
 }

@@ -41,9 +41,8 @@ class MmaLaunch(NamedTuple):
         grouped: wgmma, four warps along the outputs sharing X; compute capability 9.0 alone.
         low_splits: blocks that share the columns of one tile of down; 0 without an adapter, also no
             constant of the source.
-        share_x: blocks of the same tokens that read X together, by the copy engine; 0 for copies by
-            all threads.
-        share_w: blocks of the same outputs that read Wᴿ together.
+        tma: wgmma with tiles that the tensor memory accelerator copies, at the word of one more
+            warp; warps along I then take turns.
 
     Example:
         >>> str(MmaLaunch(8, 1, 4, 2, 3, splits=2, grouped=True))
@@ -60,12 +59,11 @@ class MmaLaunch(NamedTuple):
     splits: int = 1
     grouped: bool = False
     low_splits: int = 0
-    share_x: int = 0
-    share_w: int = 1
+    tma: bool = False
 
     def __str__(self) -> str:
         """The name under which it is kept and reported."""
-        kind = f"s{self.share_x}x{self.share_w}" if self.share_x else "g" * self.grouped
+        kind = "t" if self.tma else "g" * self.grouped
         name = f"{'.'.join(map(str, self[:5]))}{kind}/{self.splits}"
         return f"{name}/{self.low_splits}" if self.low_splits else name
 
@@ -75,13 +73,9 @@ class MmaLaunch(NamedTuple):
         """The inverse of ``str``; without splits it has one."""
         cut, *rest = name.split("/")
         splits, low_splits = (*map(int, rest), *(1, 0)[len(rest) :])
-        cut, shared, shares = cut.partition("s")
-        share_x, share_w = map(int, shares.split("x")) if shared else (0, 1)
-        tokens, tiles, rows, columns, stages = map(int, cut.rstrip("g").split("."))
-        grouped = bool(shared) or cut.endswith("g")
-        return cls(
-            tokens, tiles, rows, columns, stages, splits, grouped, low_splits, share_x, share_w
-        )
+        grouped, tma = cut[-1] in "gt", cut.endswith("t")
+        tokens, tiles, rows, columns, stages = map(int, cut.rstrip("gt").split("."))
+        return cls(tokens, tiles, rows, columns, stages, splits, grouped, low_splits, tma)
 
     @property
     def rows(self) -> int:
@@ -91,20 +85,15 @@ class MmaLaunch(NamedTuple):
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 32 * (self.row_warps * self.column_warps + (self.share_x > 0))
-
-    @property
-    def cluster(self) -> int:
-        """Blocks of a cluster that splits and shares."""
-        return self.splits * max(1, self.share_x) * self.share_w
+        return 32 * (self.row_warps * self.column_warps + self.tma)
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory: the steps in flight, then the sums of the warps along I."""
-        step, tokens = 128 * self.column_warps, 8 * self.token_tiles
+        step, tokens = 128 * (1 if self.tma else self.column_warps), 8 * self.token_tiles
         stage = self.rows * step + 2 * tokens * step + self.rows * step // 8
         most = max(self.stages * stage, 4 * self.column_warps * tokens * (self.rows + 4))
-        return most + 16 * self.stages if self.share_x else most
+        return most + 16 * self.stages if self.tma else most
 
     def parts(self, tokens: int) -> int:
         """Blocks that share the tokens."""
@@ -121,10 +110,11 @@ _CUTS = {
 }
 _GROUPED = {
     8: "",
-    16: "2.1.4.2.3g 2.1.4.2.4g",
-    32: "4.1.4.1.6g 4.1.4.2.3g 4.1.4.2.4g 4.2.4.2.3g",
-    64: "8.1.4.1.3g 8.1.4.1.4g 8.1.4.2.4g 8.1.8.2.3g 8.2.8.1.3g",
-    1024: "8.1.4.1.3g 8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.2g 16.1.8.1.4g",
+    16: "2.1.4.2.3g 2.1.4.2.4g 2.1.4.1.4t 2.1.4.2.8t 2.1.8.1.5t",
+    32: "4.1.4.1.6g 4.1.4.2.4g 4.2.4.2.3g 4.1.4.1.6t 4.1.4.2.6t 4.1.4.2.12t 4.1.8.1.4t",
+    64: "8.1.4.1.6g 8.1.4.2.4g 8.1.8.2.3g 8.1.4.1.4t 8.1.4.2.8t 8.1.8.2.6t 8.1.12.1.5t",
+    1024: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 8.1.4.1.8t 8.1.4.2.8t 8.1.8.2.6t 16.1.4.2.4t "
+    "16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
 }
 _GROUPED_ALONE_FROM = 33  # tokens; there it was the faster one at every shape
 
@@ -150,7 +140,7 @@ class _Map(ctypes.Structure):
 
 
 class _MappedArguments(ctypes.Structure):
-    """``struct Arguments`` of a source with SHARE; as long as its alignment makes it."""
+    """``struct Arguments`` of a source with TMA; as long as its alignment makes it."""
 
     _fields_ = (
         ("values_map", _Map),
@@ -204,16 +194,15 @@ def split(
 ) -> list[MmaLaunch]:
     """Each cut as it is and split: a step or more for each part, no more than a cluster holds.
 
-    A grid of many more blocks than a GPU has places for is not split. The copy engine reads rows of
-    metadata at multiples of 16 bytes, so cuts that use it want I divisible by 128.
+    A grid of many more blocks than a GPU has places for is not split. With TMA rows of
+    metadata are copied 16 bytes at a time, which wants I divisible by 128.
     """
     found = []
     for cut in cuts:
-        if cut.share_x and in_features % 128:
+        if cut.tma and in_features % 128:
             continue
         tiles = -(-out_features // cut.rows) * cut.parts(tokens)
-        steps, blocks = in_features // (128 * cut.column_warps), LARGEST_CLUSTER // cut.cluster
-        most = min(steps, _MOST_BLOCKS // tiles, blocks)
+        most = min(in_features // (128 * cut.column_warps), _MOST_BLOCKS // tiles, LARGEST_CLUSTER)
         found += [cut._replace(splits=splits) for splits in range(1, max(1, most) + 1)]
     return found
 
@@ -285,8 +274,7 @@ def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int]:
     return dict(zip(names, launch, strict=False)) | {
         "BF16": int(dtype == torch.bfloat16),
         "GROUPED": int(launch.grouped),
-        "SHARE_X": launch.share_x,
-        "SHARE_W": launch.share_w,
+        "TMA": int(launch.tma),
     }
 
 
@@ -341,18 +329,12 @@ def decode_mma(
     kernel = _kernel(launch._replace(splits=1, low_splits=0), x.dtype, device)
     clusters, splits, parts = _has_clusters(device), launch.splits, launch.parts(tokens)
     rank = 0 if up is None else up.shape[1]
-    if launch.share_x:
-        cluster = launch.cluster
-        if cluster > 1 and not kernel.holds(launch.threads, cluster):
-            raise RuntimeError(f"the GPU has no room for a cluster of {cluster} such blocks")
-    else:
-        together = clusters and 1 < splits <= LARGEST_CLUSTER
-        cluster = splits if together and kernel.holds(launch.threads, splits) else 1
-    final = cluster >= splits and rank == 0
+    together = clusters and 1 < splits <= LARGEST_CLUSTER and kernel.holds(launch.threads, splits)
+    cluster = splits if together else 1
+    final = splits == cluster and rank == 0
     partial = low_partial = None
     if not final:
-        slabs = max(1, splits // cluster)
-        partial = x.new_empty((slabs, tokens, out_features), dtype=torch.float32)
+        partial = x.new_empty((splits // cluster, tokens, out_features), dtype=torch.float32)
     if rank:
         low_partial = x.new_empty((launch.low_splits, tokens, rank), dtype=torch.float32)
     x = x if x.stride(0) % 8 == 0 else x.contiguous()
@@ -365,26 +347,22 @@ def decode_mma(
         launch.low_splits,
     )  # fmt: skip
     low_blocks = -(-rank // launch.rows) * parts * launch.low_splits
-    tiles = -(-out_features // launch.rows)
-    blocks = tiles * parts * splits
-    if launch.share_x:
-        blocks = -(-tiles // launch.share_x) * -(-parts // launch.share_w) * launch.cluster
+    blocks = -(-out_features // launch.rows) * parts * splits + -(-low_blocks // cluster) * cluster
+    if launch.tma:
         argument = _MappedArguments(*_maps(launch, x, values), argument)
-    blocks += -(-low_blocks // cluster) * cluster
     stream = torch._C._cuda_getCurrentRawStream(device)
-    kernel(blocks, launch.threads, argument, stream, cluster)
+    kernel(blocks, launch.threads, argument, stream, cluster, early=clusters)
     if partial is not None:
         finish(partial, low_partial, up, bias, y, scale, early=clusters)
     return y
 
 
 def _maps(launch: MmaLaunch, x: Tensor, values: Tensor) -> tuple[_Map, _Map]:
-    """How the copy engine finds the tiles of the kept values and of X."""
+    """How the tensor memory accelerator finds the tiles of the kept values and of X."""
     kind = "bf16" if x.dtype == torch.bfloat16 else "fp16"
     (tokens, in_features), out_features = x.shape, values.shape[0]
-    rows, share = launch.rows // launch.share_w, 8 * launch.token_tiles // launch.share_x
-    kept = values.data_ptr(), kind, in_features // 2, out_features, in_features, 64, rows
-    given = x.data_ptr(), kind, in_features, tokens, 2 * x.stride(0), 64, share
+    kept = values.data_ptr(), kind, in_features // 2, out_features, in_features, 64, launch.rows
+    given = x.data_ptr(), kind, in_features, tokens, 2 * x.stride(0), 64, 8 * launch.token_tiles
     return tuple(_Map.from_buffer_copy(nvrtc.tensor_map(*box)) for box in (kept, given))  # type: ignore[return-value]
 
 

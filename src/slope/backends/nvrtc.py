@@ -17,6 +17,7 @@ import torch
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that need not be asked for
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
@@ -90,7 +91,7 @@ def compile_source(name: str, constants: Mapping[str, int], architecture: str) -
 
 
 class _Attribute(ctypes.Structure):
-    """``CUlaunchAttribute`` with the dimensions of a cluster; its value takes 64 bytes."""
+    """``CUlaunchAttribute``; its value takes 64 bytes."""
 
     _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_uint * 16))
 
@@ -135,6 +136,7 @@ class Kernel:
         self._driver = _driver()
         self._shared = shared
         self._holds: dict[tuple[int, int], bool] = {}
+        self._configs: dict[tuple[int, int, int, int, bool], Any] = {}
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(module), binary)
         self._call("cuModuleGetFunction", ctypes.byref(self._function), module, function.encode())
@@ -144,7 +146,13 @@ class Kernel:
             )
 
     def __call__(
-        self, blocks: int, threads: int, argument: ctypes.Structure, stream: int, cluster: int = 1
+        self,
+        blocks: int,
+        threads: int,
+        argument: ctypes.Structure,
+        stream: int,
+        cluster: int = 1,
+        early: bool = False,
     ) -> None:
         """Launch.
 
@@ -155,37 +163,41 @@ class Kernel:
             stream: a CUDA stream's address.
             cluster: blocks that run together and read each other's shared memory; divides
                 ``blocks``, compute capability 9.0 and later.
+            early: blocks may begin before the kernel ahead of this one has ended, and wait for it
+                themselves; compute capability 9.0 and later.
 
         Raises:
             NvrtcError: if the driver refuses.
         """
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        if cluster == 1:
-            self._call(
-                "cuLaunchKernel", self._function, blocks, 1, 1, threads, 1, 1, self._shared,
-                ctypes.c_void_p(stream), pointers, None,
-            )  # fmt: skip
-            return
-        config = self._config(blocks, threads, cluster, stream)
-        self._call("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
+        config = self._config(blocks, threads, cluster, stream, early)
+        self._call("cuLaunchKernelEx", config, self._function, pointers, None)
 
     def holds(self, threads: int, cluster: int) -> bool:
         """Whether the GPU, or the part of it that is visible, has room for such a cluster."""
         key = threads, cluster
         if key not in self._holds:
-            config, found = self._config(cluster, threads, cluster, 0), ctypes.c_int()
-            self._call(
-                "cuOccupancyMaxActiveClusters", ctypes.byref(found), self._function,
-                ctypes.byref(config),
-            )  # fmt: skip
+            config, found = self._config(cluster, threads, cluster), ctypes.c_int()
+            self._call("cuOccupancyMaxActiveClusters", ctypes.byref(found), self._function, config)
             self._holds[key] = found.value > 0
         return self._holds[key]
 
-    def _config(self, blocks: int, threads: int, cluster: int, stream: int) -> _LaunchConfig:
-        attribute = _Attribute(_CLUSTER_DIMENSION, b"", (cluster, 1, 1))
-        return _LaunchConfig(
-            (blocks, 1, 1), (threads, 1, 1), self._shared, stream, ctypes.pointer(attribute), 1
-        )
+    def _config(
+        self, blocks: int, threads: int, cluster: int, stream: int = 0, early: bool = False
+    ) -> Any:
+        """A reference to a ``CUlaunchConfig``; making one takes longer than launching it."""
+        key = blocks, threads, cluster, stream, early
+        if key not in self._configs:
+            wanted = [(_CLUSTER_DIMENSION, (cluster, 1, 1))] * (cluster > 1) + [
+                (_EARLY, (1,))
+            ] * early
+            attributes = (_Attribute * len(wanted))(*((name, b"", value) for name, value in wanted))
+            self._configs[key] = ctypes.byref(
+                _LaunchConfig(
+                    (blocks, 1, 1), (threads, 1, 1), self._shared, stream, attributes, len(wanted)
+                )
+            )
+        return self._configs[key]
 
     def _call(self, function: str, *arguments: Any) -> None:
         status = getattr(self._driver, function)(*arguments)
@@ -204,9 +216,10 @@ _SWIZZLE_128, _PROMOTE_128 = 3, 2
 def tensor_map(
     address: int, kind: str, columns: int, rows: int, pitch: int, box_columns: int, box_rows: int
 ) -> bytes:
-    """``CUtensorMap`` of a matrix: what the copy engine reads boxes by. Zeros stand outside.
+    """``CUtensorMap`` of a matrix: what the tensor memory accelerator reads boxes by.
 
-    In shared memory the chunks of 16 bytes of 8 rows of 128 bytes are swapped.
+    In shared memory the chunks of 16 bytes of 8 rows of 128 bytes are swapped; zeros stand for what
+    lies outside.
 
     Args:
         address: of the first element, a multiple of 16.
