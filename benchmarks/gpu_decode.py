@@ -8,8 +8,8 @@ Each contender is one CUDA graph over as many layers as do not fit into the L2 c
 weights come from memory as in a model. Contenders take turns; a line has medians and the 10th to
 90th percentile of each speed-up, and the name of the launch that was chosen for ``mma``. With
 ``--cuts`` every cut is checked, timed once, and the best few take turns with the others; they are
-named by token_tiles, row_tiles, row_warps, column_warps, stages, g for wgmma / splits, and with an
-adapter / low splits.
+named by token_tiles, row_tiles, row_warps, column_warps, stages, g for wgmma or t for wgmma with
+TMA / splits, and with an adapter / low splits.
 """
 
 from __future__ import annotations

@@ -298,10 +298,11 @@ def decode_mma(
 
     Blocks that share the columns of a tile form a cluster and add their sums themselves; GPUs
     without clusters (before compute capability 9.0), and more splits than a cluster may have, take
-    a second launch for that, as an adapter always does. Sums are made in fp32, in an order that
-    depends on shapes alone. X downᵀ is rounded to the dtype
-    of X, as two products would. The caller has asked :func:`why_no_mma`; tensors are on the current
-    GPU.
+    a second launch for that, as an adapter always does. Where there are clusters, a launch may
+    begin before the kernel ahead of it in the stream has ended, and waits for it before it reads.
+    Sums are made in fp32, in an order that depends on shapes and the launch alone. X downᵀ is
+    rounded to the dtype of X, as two products would. The caller has asked :func:`why_no_mma`;
+    tensors are on the current GPU.
 
     Args:
         x: (T, I), bf16 or fp16; rows contiguous, any stride between them.
