@@ -185,16 +185,19 @@ class Kernel:
     def _config(
         self, blocks: int, threads: int, cluster: int, stream: int = 0, early: bool = False
     ) -> Any:
-        """A reference to a ``CUlaunchConfig``; making one takes longer than launching it."""
+        """A reference to a ``CUlaunchConfig``, made once."""
         key = blocks, threads, cluster, stream, early
         if key not in self._configs:
-            wanted = [(_CLUSTER_DIMENSION, (cluster, 1, 1))] * (cluster > 1) + [
-                (_EARLY, (1,))
-            ] * early
-            attributes = (_Attribute * len(wanted))(*((name, b"", value) for name, value in wanted))
+            wanted: list[tuple[int, tuple[int, ...]]] = []
+            if cluster > 1:
+                wanted.append((_CLUSTER_DIMENSION, (cluster, 1, 1)))
+            if early:
+                wanted.append((_EARLY, (1,)))
+            made = [_Attribute(name, b"", value) for name, value in wanted]
+            attributes = (_Attribute * len(made))(*made)
             self._configs[key] = ctypes.byref(
                 _LaunchConfig(
-                    (blocks, 1, 1), (threads, 1, 1), self._shared, stream, attributes, len(wanted)
+                    (blocks, 1, 1), (threads, 1, 1), self._shared, stream, attributes, len(made)
                 )
             )
         return self._configs[key]
