@@ -80,6 +80,12 @@ def test_what_cannot_be_compiled_says_where(compiler):
         nvrtc.compile_source("decode.cu", {"MT": 1}, "sm_90")
 
 
+def test_warps_that_take_turns_must_find_their_stage_again(compiler):
+    cut = MmaLaunch.parse("16.1.4.2.5t")
+    with pytest.raises(nvrtc.NvrtcError, match="a stage is always read by the same warps"):
+        nvrtc.compile_source("decode.cu", decoding_mma.constants(cut, BF16), "sm_90a")
+
+
 def test_the_struct_is_that_of_the_source():
     assert ctypes.sizeof(decoding_mma._Arguments) == 8 * 8 + 8 + 4 * 6
     source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
