@@ -17,7 +17,7 @@ output=$1
 end=$((SECONDS + ${2:-570}))
 models=${3:-llama3-8b,opt-6.7b,opt-13b}
 python=${PYTHON:-python}
-parts=${PARTS:-tests layer train infer compiled memory setup lowrank}
+parts=${PARTS:-tests layer decode train infer compiled memory setup lowrank}
 if [ -e "$output" ] && [ -n "$(ls -A "$output")" ]; then
   echo "$output holds results already and results are never overwritten; name a new folder." >&2
   exit 2
@@ -55,6 +55,7 @@ bench() {
 
 part tests 30 "$python" -m pytest -q -rs -m gpu tests/gpu tests/bench
 bench layer 30 layer
+part decode 25 "$python" benchmarks/gpu_decode.py --seconds '{}'
 bench train 45 train --models "$models" --layers 2
 bench infer 35 infer --models "$models" --layers 2
 # Compiling takes most of it, so one model and few sizes.

@@ -187,7 +187,7 @@ def test_the_script_for_a_device_runs_all_within_its_budget(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1  # infer failed, the others ran
     lines = (output / "summary.txt").read_text(encoding="utf-8").splitlines()
-    names = ["tests", "layer", "train", "memory", "infer", "compiled", "setup", "lowrank"]
+    names = ["tests", "layer", "decode", "train", "memory", "infer", "compiled", "setup", "lowrank"]
     assert sorted(line.split()[0] for line in lines) == sorted(names)
     failed = [line.split()[0] for line in lines if "exit 3" in line]
     assert failed == ["infer", "compiled"]
