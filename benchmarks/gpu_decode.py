@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,11 +103,19 @@ def main() -> None:
     parser.add_argument("--every", type=Path, help="file for the time of every cut")
     parser.add_argument("--seconds", type=float, help="begin no case after this time")
     options = parser.parse_args()
+    if (options.named or options.every) and not options.cuts:
+        parser.error("--named and --every are about other cuts; add --cuts")
+    shapes = options.shapes.split(",")
+    for shape in shapes:
+        if not re.fullmatch(r"\d+x\d+", shape):
+            parser.error(f"--shapes has {shape}; type d_out x d_in, as 4096x14336")
+    if not torch.cuda.is_available():
+        parser.error("it times kernels of an NVIDIA GPU, and torch finds none")
     deadline = Deadline(options.seconds)
     tokens = [int(word) for word in options.tokens.split(",")]
     if options.cuts:
         compile_all(tokens, options.named)
-    for shape in options.shapes.split(","):
+    for shape in shapes:
         out_features, in_features = map(int, shape.split("x"))
         for t in tokens:
             if deadline.passed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,23 @@ def test_the_script_for_a_device_runs_all_within_its_budget(tmp_path):
         ["bash", str(SCRIPT), str(output)], capture_output=True, text=True, check=False
     )
     assert again.returncode == 2 and "never overwritten" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--named", "t"], "--named and --every are about other cuts; add --cuts"),
+        (["--shapes", "768x768,4096"], "--shapes has 4096; type d_out x d_in, as 4096x14336"),
+        ([], "it times kernels of an NVIDIA GPU, and torch finds none"),
+    ],
+)
+def test_the_decode_benchmark_says_what_it_needs(options, said):
+    script = SCRIPT.with_name("gpu_decode.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *options], capture_output=True, text=True, check=False,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 2 and said in done.stderr
 
 
 def test_what_names_one_gpu_is_not_written() -> None:
