@@ -157,7 +157,8 @@ def candidates(
 ) -> Iterator[MmaLaunch]:
     """Each cut with its splits; with an adapter also those of down, 0 leaves it to cuBLAS."""
     for launch in decoding_mma.split(cuts_of(tokens, named), tokens, out_features, in_features):
-        for low in LOW_SPLITS if rank else (0,):
+        ways = LOW_SPLITS if rank else (0,)
+        for low in ways[:4] if launch.tma else ways:
             yield launch._replace(low_splits=low)
 
 

@@ -69,6 +69,7 @@ def test_every_cut_compiles(compiler, architecture, table):
     names = {name for names in table.values() for name in names.split()}
     for number, cut in enumerate(map(MmaLaunch.parse, sorted(names))):
         assert cut.grouped == (architecture == "sm_90a")
+        cut = cut._replace(low_splits=int(cut.tma and number % 3 == 0))
         code = nvrtc.compile_source(
             "decode.cu", decoding_mma.constants(cut, (BF16, FP16)[number % 2]), architecture
         )
@@ -87,13 +88,13 @@ def test_warps_that_take_turns_must_find_their_stage_again(compiler):
 
 
 def test_the_struct_is_that_of_the_source():
-    assert ctypes.sizeof(decoding_mma._Arguments) == 8 * 8 + 8 + 4 * 6
+    assert ctypes.sizeof(decoding_mma._Arguments) == 8 * 9 + 8 + 4 * 7 + 4
     source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
     body = source[source.index("Arguments {") :].partition("};")[0]
     names = re.findall(r"(\w+)[,;]", re.sub("//.*", "", body))
-    maps = [name for name, _ in decoding_mma._MappedArguments._fields_[:2]]
+    maps = [name for name, _ in decoding_mma._MappedArguments._fields_[:4]]
     assert names == maps + [name for name, _ in decoding_mma._Arguments._fields_]
-    assert ctypes.sizeof(decoding_mma._MappedArguments) == 384
+    assert ctypes.sizeof(decoding_mma._MappedArguments) == 640
 
 
 SHAPES = ((64, 64), (2048, 8192), (4096, 14336), (5120, 5120), (9216, 9216), (28672, 768))
@@ -136,12 +137,20 @@ def test_launches(hopper, shape):
             if one.splits > 1:
                 assert 128 * one.column_warps * one.splits <= shape[1]
                 assert -(-shape[0] // one.rows) * one.parts(tokens) * one.splits <= 1300
-        # With an adapter each in two ways, for many tokens also without it.
-        low = {0, 2, 4} if tokens > 64 else {2, 4}
-        low = {ways * 2 if ways and shape[1] == 14336 else ways for ways in low}
-        ways = [MmaLaunch.parse(name) for name in launches(tokens, *shape, 24, 0)]
-        assert {one.low_splits for one in ways} == low and len(ways) == len(low) * len(found)
-        assert {one._replace(low_splits=0) for one in ways} == set(found)
+        # With an adapter each in two ways, with TMA in one; for many tokens also without it.
+        few = 4 if shape[1] == 14336 else 2
+        by_threads, beside = {few, 2 * few}, {0} if tokens > 64 else set()
+        by_tma = {min(8, shape[1] // 128)}
+        expected = {
+            one._replace(low_splits=low)
+            for one in found
+            for low in beside | (by_tma if one.tma else by_threads)
+        }
+        assert {MmaLaunch.parse(name) for name in launches(tokens, *shape, 24, 0)} == expected
+        # Rows of 20 numbers begin at no multiple of 16 bytes.
+        odd = [MmaLaunch.parse(name) for name in launches(tokens, *shape, 20, 0)]
+        assert all(one.low_splits == 0 for one in odd if one.tma)
+        assert any(one.low_splits for one in odd)
     # One step cannot be split, and rows of 8 bytes of metadata are not for TMA.
     copied_by_threads = [str(cut) for cut in cuts_for(64, 0) if not cut.tma]
     assert launches(64, 64, 64, 0, 0) == copied_by_threads
@@ -311,6 +320,50 @@ def test_tma_is_told_of_tiles(launched, monkeypatch):
         (values.data_ptr(), "bf16", 128, 300, 256, 64, 64),
         (x.data_ptr(), "bf16", 256, 17, 512, 64, 32),
     ]
+
+
+@pytest.mark.parametrize(("room", "cluster"), [(True, 4), (False, 1)])
+def test_with_tma_x_down_is_made_by_a_launch_ahead(launched, monkeypatch, room, cluster):
+    """Two tiles of 64 rows of down, two parts of the tokens."""
+    seen, finished = launched(True, room)
+    boxes = []
+    monkeypatch.setattr(
+        nvrtc, "tensor_map", lambda address, *box: boxes.append((address, box)) or bytes(128)
+    )
+    x, values = torch.zeros(100, 512, dtype=BF16), torch.zeros(300, 256, dtype=BF16)
+    metadata = torch.zeros(300, 64, dtype=torch.uint8)
+    down, up = torch.zeros(72, 512, dtype=BF16), torch.zeros(300, 72, dtype=BF16)
+    launch = MmaLaunch.parse("16.1.8.1.4t/1/4")
+    decode_mma(x, values, metadata, None, down, up, 0.5, launch)
+    (low, blocks, threads, ahead, _, together), (cut, tiles, _, argument, _, alone) = seen
+    assert str(low) == "8.1.4.2.3g/1" and (blocks, threads) == (2 * 2 * cluster, 256)
+    assert (together, alone, tiles) == (cluster, 1, 3)
+    assert (ahead.z, ahead.splits, ahead.outputs, ahead.rank) == (boxes[3][0], cluster, 72, 72)
+    assert cut.low_splits == 1 and decoding_mma.constants(cut, BF16)["ADAPTED"] == 1
+    rest = argument.rest
+    assert (rest.scale, rest.rank, rest.low_splits, rest.z, rest.partial) == (
+        0.5,
+        72,
+        4,
+        None,
+        None,
+    )
+    assert finished == [] and boxes[2] == (up.data_ptr(), ("bf16", 72, 300, 144, 64, 128))
+    assert boxes[3][1] == ("bf16", 72, 100, 144, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "adds"),
+    [
+        ("8.1.4.2.8t/1/8", -0.5, True),
+        ("8.1.4.2.8t/1/8", 0.0, False),
+        ("8.1.4.2.8t/1/8", 1e-30, False),
+        ("8.1.4.2.8g/1/8", 1e-30, True),
+        ("8.1.4.2.8t/1", 1.0, False),
+    ],
+)
+def test_sums_are_divided_by_scales_that_allow_it(name, scale, adds):
+    assert decoding_mma.adds_adapter(MmaLaunch.parse(name), scale) == adds
 
 
 @pytest.mark.parametrize(("splits", "rank", "blocks"), [(1, 0, 15), (2, 0, 30), (2, 20, 36)])

@@ -160,7 +160,7 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
                 assert torch.equal(y, decoding_mma.decode_mma(*given)), launch
 
 
-@pytest.mark.parametrize("rank", [0, 40])
+@pytest.mark.parametrize("rank", [0, 40, 136])
 @pytest.mark.parametrize(
     "name",
     ["2.1.8.1.5t/1", "2.1.4.2.4t/3", "4.1.4.1.6t/3", "4.1.12.1.5t/1", "8.1.8.1.6t/2",
@@ -187,23 +187,31 @@ def test_cuts_whose_tiles_are_copied_by_tma(name, rank):
         assert torch.equal(y, decoding_mma.decode_mma(*given))
 
 
+@pytest.mark.parametrize("rank", [0, 72])
 @pytest.mark.parametrize("tokens", [1, 16, 32, 64, 200])
-def test_a_chain_of_decode_kernels_equals_one_at_a_time(tokens):
+def test_a_chain_of_decode_kernels_equals_one_at_a_time(tokens, rank):
     """Each may begin before the one whose Y it reads has ended."""
     layer = a_layer((2048, 2048), values_dtype=torch.bfloat16).requires_grad_(False)
     values = layer.values / layer.values.float().norm() * 2048**0.5
     first = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
-    cuts = decoding_mma.split(decoding_mma.cuts_for(tokens, 0), tokens, 2048, 2048)
+    named = decoding_mma.launches(tokens, 2048, 2048, rank, 0)
+    found = [decoding_mma.MmaLaunch.parse(name) for name in named]
+    adapter = None, None, 1.0
+    if rank:
+        down, up = (torch.randn(*size, device="cuda") for size in ((rank, 2048), (2048, rank)))
+        adapter = (down / 2048**0.5).bfloat16(), (up / rank**0.5).bfloat16(), 0.3
 
     def chain(launch, alone):
         x = first
         for _ in range(24):
-            x = decoding_mma.decode_mma(x, values, layer.metadata, None, None, None, 1.0, launch)
+            x = decoding_mma.decode_mma(x, values, layer.metadata, None, *adapter, launch)
             if alone:
                 torch.cuda.synchronize()
         return x
 
-    for launch in cuts:
+    for launch in found:
+        if rank and not launch.low_splits:
+            continue
         expected = chain(launch, alone=True)
         assert expected.isfinite().all() and expected.abs().max() > 1e-6
         for _ in range(4):

@@ -10,6 +10,7 @@
 //           out of shared memory themselves (sm_90a)
 //   TMA     1 where the tensor memory accelerator copies tiles, at the word of one more warp; warps
 //           along the inputs then take turns (GROUPED). 0 for copies by all threads
+//   ADAPTED 1 where this launch adds scale Z up^T to Y, and one ahead of it makes Z (TMA)
 //
 // A block owns ROWS outputs of TOKENS tokens and walks over the inputs in steps of STEP bytes of a
 // row of A, which is W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared
@@ -36,6 +37,7 @@ constexpr int GROUPS = TOKENS * ROWS / 4;
 constexpr int SUMS_BYTES = 4 * WK * TOKENS * SUM_STRIDE;
 constexpr int BARRIERS = STAGES * STAGE > SUMS_BYTES ? STAGES * STAGE : SUMS_BYTES;  // begin there
 static_assert(!TMA || GROUPED, "the accelerator lays X out as wgmma wants it");
+static_assert(!ADAPTED || TMA, "tiles of up come by the accelerator");
 // Else a warp would ask for a phase of a stage while an earlier one, of another warp, is pending.
 static_assert(!TMA || STAGES % WK == 0, "a stage is always read by the same warps");
 
@@ -47,6 +49,8 @@ struct Arguments {
 #if TMA
     Map values_map;  // boxes of 64 x ROWS, swapped by 128 bytes
     Map x_map;       // boxes of 64 x TOKENS, likewise
+    Map up_map;      // boxes of 64 x ROWS, likewise
+    Map z_map;       // boxes of 64 x TOKENS, likewise
 #endif
     const char* values;    // (outputs, inputs / 2)
     const char* metadata;  // (outputs, inputs / 8)
@@ -55,9 +59,11 @@ struct Arguments {
     const char* down;      // (rank, inputs), or null
     u16* y;                // (tokens, outputs), or null where partial sums are wanted
     float* partial;        // (splits, tokens, outputs); a cluster is one split
-    float* low;            // (low_splits, tokens, rank)
+    float* low;            // (low_splits, tokens, rank), or null
+    u16* z;                // (tokens, rank), where nothing but X down^T is wanted, or null
     long long x_stride;
     int tokens, outputs, inputs, rank, splits, low_splits;
+    float scale;
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
@@ -396,7 +402,7 @@ __device__ __forceinline__ void add_up(const Arguments& arg, char* memory, float
                 shared[(wk * TOKENS + t) * SUM_STRIDE + r] = sums[m][n][i];
             }
     __syncthreads();
-    const bool together = SPARSE && cluster_blocks() > 1;
+    const bool together = (SPARSE || arg.z) && cluster_blocks() > 1;
     if (together) {
         for (int i = threadIdx.x; WK > 1 && i < GROUPS; i += THREADS)
             group(shared, i)[0] = sum_of_warps(shared, i);
@@ -410,7 +416,10 @@ __device__ __forceinline__ void add_up(const Arguments& arg, char* memory, float
         const float4 sum = together ? sum_of_blocks(group(shared, i), splits) : sum_of_warps(shared, i);
         const long long at = static_cast<long long>(t) * rows + r;
         const long long skipped = static_cast<long long>(together ? 0 : split) * arg.tokens * rows;
-        if (!SPARSE) {
+        if (!SPARSE && arg.z) {  // the rank is divisible by 8, as TMA wants
+            *reinterpret_cast<ushort4*>(arg.z + at) = make_ushort4(
+                from_float(sum.x), from_float(sum.y), from_float(sum.z), from_float(sum.w));
+        } else if (!SPARSE) {
             const float each[4] = {sum.x, sum.y, sum.z, sum.w};
             for (int j = 0; j < min(4, rows - r); ++j) arg.low[skipped + at + j] = each[j];
         } else if (arg.y) {  // outputs are divisible by 4, as 2:4 wants
@@ -435,6 +444,7 @@ __device__ __forceinline__ void warm_up(const char* matrix, long long pitch, int
             asm volatile("prefetch.global.L2 [%0];" ::"l"(matrix + (row + r) * pitch + at));
 }
 
+#if !TMA
 // sums = rows of A times X over this split, from a token on.
 template <bool SPARSE>
 __device__ __forceinline__ void product(const Arguments& arg, char* memory, const char* a, int row,
@@ -464,6 +474,8 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
     warm_up(a, a_row, row, rows, begin * STEP, min(STAGES, end - begin) * STEP);
     if (SPARSE) warm_up(arg.metadata, arg.inputs / 8, row, rows, begin * STEP / 8, 1);
     wait_for_previous();
+    // Not before: the next launch then takes X for written, and waits for Z alone.
+    if (!SPARSE && arg.z) let_next_begin();
     float sums[MT][NT][4] = {};
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) fetch(begin + s, s);
@@ -474,9 +486,7 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
         if (GROUPED) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();
         fetch(step + STAGES - 1, write);
-        if (!TMA || (step - begin) % WK == wk)
-            compute<SPARSE>(sums, base + read * STAGE,
-                            arg.inputs - step * width - (TMA ? 0 : wk * (width / WK)));
+        compute<SPARSE>(sums, base + read * STAGE, arg.inputs - step * width - wk * (width / WK));
         read = read + 1 == STAGES ? 0 : read + 1;
         write = write + 1 == STAGES ? 0 : write + 1;
     }
@@ -484,8 +494,7 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
     __syncthreads();
     add_up<SPARSE>(arg, memory, sums, row, rows, token, split, splits);
 }
-
-#if TMA
+#else
 __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
     u32 done;
     do {
@@ -498,6 +507,15 @@ __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
     } while (!done);
 }
 
+__device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], float factor) {
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[m][n][i] *= factor;
+}
+
 // A box at a column and a row.
 __device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int row, u32 barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -506,13 +524,16 @@ __device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int
                  : "memory");
 }
 
-// As `product` of W^R, whose last warp does nothing but copy. A stage is full when its boxes and the
-// metadata, which the lanes of that warp copy, have come; empty when all warps have read it.
+// The same of W^R by a block whose last warp does nothing but copy. A stage is full when its boxes and the
+// metadata, which the lanes of that warp copy, have come; empty when all warps have read it. An
+// adapter is some more steps, whose sums are to be scaled: what is there is divided by the scale
+// first.
 __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memory, int row, int token,
                                                int split, int splits) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int steps = (arg.inputs + STEP - 1) / STEP, share = (steps + splits - 1) / splits;
-    const int begin = split * share, end = min(begin + share, steps);
+    const int steps = (arg.inputs + STEP - 1) / STEP;
+    const int all = steps + (ADAPTED ? (arg.rank + 63) / 64 : 0), share = (all + splits - 1) / splits;
+    const int begin = split * share, end = min(begin + share, all);
     const u32 base = shared_address(memory), full = base + BARRIERS, empty = full + 8 * STAGES;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
@@ -521,10 +542,13 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    warm_up(arg.values, arg.inputs, row, arg.outputs, begin * STEP, min(STAGES, end - begin) * STEP);
-    warm_up(arg.metadata, arg.inputs / 8, row, arg.outputs, begin * STEP / 8, 1);
+    if (!ADAPTED) {
+        warm_up(arg.values, arg.inputs, row, arg.outputs, begin * STEP,
+                min(STAGES, end - begin) * STEP);
+        warm_up(arg.metadata, arg.inputs / 8, row, arg.outputs, begin * STEP / 8, 1);
+    }
     __syncthreads();
-    wait_for_previous();
+    if (!ADAPTED) wait_for_previous();
     if (warp == WM * WK) {
         const long long pitch = arg.inputs / 8;
         const char* metadata = arg.metadata + (row + lane) * pitch + STEP / 8 * begin;
@@ -532,6 +556,21 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
             const int number = step - begin, stage = number % STAGES;
             const u32 at = base + stage * STAGE, done = full + 8 * stage;
             wait_for(empty + 8 * stage, (number / STAGES & 1) ^ 1);
+#if ADAPTED
+            if (step >= steps) {
+                const int column = 64 * (step - steps);
+                if (lane == 0) {
+                    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
+                                 "n"(A_BYTES + X_BYTES / 2)
+                                 : "memory");
+                    copy_box(at, arg.up_map, column, row, done);
+                }
+                if (step == max(begin, steps)) wait_for_previous();
+                if (lane == 0) copy_box(at + A_BYTES, arg.z_map, column, token, done);
+                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(done) : "memory");
+                continue;
+            }
+#endif
             if (lane == 0) {
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
                              "n"(A_BYTES + X_BYTES)
@@ -553,14 +592,23 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
         return;
     }
     float sums[MT][NT][4] = {};
+    bool scaled = false;
     for (int step = begin + warp / WM; step < end; step += WK) {
         const int number = step - begin, stage = number % STAGES;
         wait_for(full + 8 * stage, number / STAGES & 1);
-        compute<true>(sums, base + stage * STAGE, arg.inputs - step * STEP);
+#if ADAPTED
+        if (step >= steps) {
+            if (!scaled) multiply(sums, 1 / arg.scale);
+            scaled = true;
+            compute<false>(sums, base + stage * STAGE, 64);
+        } else
+#endif
+            compute<true>(sums, base + stage * STAGE, arg.inputs - step * STEP);
         if (lane == 0)
             asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * stage)
                          : "memory");
     }
+    if (scaled) multiply(sums, arg.scale);
     __syncthreads();
     add_up<true>(arg, memory, sums, row, arg.outputs, token, split, splits);
 }
@@ -569,28 +617,28 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
 extern "C" __global__ void __launch_bounds__(THREADS + (TMA ? 32 : 0))
     slope_decode(const __grid_constant__ Arguments arg) {
     extern __shared__ __align__(1024) char memory[];
-    let_next_begin();
+    if (!arg.z) let_next_begin();
     const int tiles = (arg.outputs + ROWS - 1) / ROWS, cluster = cluster_blocks();
     const int low_tiles = (arg.rank + ROWS - 1) / ROWS, parts = (arg.tokens + TOKENS - 1) / TOKENS;
-    const int low_blocks = low_tiles * parts * arg.low_splits;
+    const int low_blocks = TMA ? 0 : low_tiles * parts * arg.low_splits;
     const int first = (low_blocks + cluster - 1) / cluster * cluster;
-    const int block = blockIdx.x;
-    // Tokens change fastest, so that rows of A are read again out of the L2 cache. A row of down is
-    // longer than one of W^R compressed, so these blocks come first, in more splits.
-    if (block < low_blocks) {
-        const int rest = block / parts;
-        if (threadIdx.x >= THREADS) return;
-        product<false>(arg, memory, arg.down, rest % low_tiles * ROWS, arg.rank,
-                       block % parts * TOKENS, rest / low_tiles, arg.low_splits);
-    } else if (block >= first) {
-        const int number = (block - first) / cluster, rest = number / parts;
-        const int tile = cluster > 1 ? rest : rest % tiles;
-        const int split = cluster > 1 ? (block - first) % cluster : rest / tiles;
-        const int row = tile * ROWS, token = number % parts * TOKENS;
+    const int block = blockIdx.x, number = (block - first) / cluster, rest = number / parts;
+    // Tokens change fastest, so that rows of A are read again out of the L2 cache.
+    const int tile = cluster > 1 ? rest : rest % tiles;
+    const int split = cluster > 1 ? (block - first) % cluster : rest / tiles;
+    const int row = tile * ROWS, token = number % parts * TOKENS;
 #if TMA
-        product_by_tma(arg, memory, row, token, split, arg.splits);
+    product_by_tma(arg, memory, row, token, split, arg.splits);
 #else
+    if (arg.z) {
+        product<false>(arg, memory, arg.down, row, arg.rank, token, split, arg.splits);
+    } else if (block < low_blocks) {
+        // A row of down is longer than one of W^R compressed: these come first, in more splits.
+        const int beside = block / parts;
+        product<false>(arg, memory, arg.down, beside % low_tiles * ROWS, arg.rank,
+                       block % parts * TOKENS, beside / low_tiles, arg.low_splits);
+    } else if (block >= first) {
         product<true>(arg, memory, arg.values, row, arg.outputs, token, split, arg.splits);
-#endif
     }
+#endif
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ _WGMMA = (9, 0)  # the compute capability that has it; later ones have another i
 LARGEST_CLUSTER = 8  # blocks; more are not portable
 _MOST_BLOCKS = 1300  # of a grid that is split: ten for each multiprocessor of an H200
 _MULTIPLE = 64  # of I: a copy moves 8 bytes of metadata
+_TMA_RANK = (
+    8  # what a rank is to be a multiple of: rows of up and X downᵀ are multiples of 16 bytes
+)
+_SCALES = (2.0**-60, 2.0**60)  # by which sums of W^R may be divided
 
 
 class MmaLaunch(NamedTuple):
@@ -39,8 +43,8 @@ class MmaLaunch(NamedTuple):
         stages: steps in flight.
         splits: blocks that share the columns of one tile; no constant of the source.
         grouped: wgmma, four warps along the outputs sharing X; compute capability 9.0 alone.
-        low_splits: blocks that share the columns of one tile of down; 0 without an adapter, also no
-            constant of the source.
+        low_splits: blocks that share the columns of one tile of down; 0 without an adapter. With
+            ``tma`` in a launch ahead of this one. Also no constant of the source.
         tma: wgmma with tiles that the tensor memory accelerator copies, at the word of one more
             warp; warps along I then take turns.
 
@@ -124,12 +128,13 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "values", "metadata", "x", "bias", "down", "y", "partial", "low",
+            "values", "metadata", "x", "bias", "down", "y", "partial", "low", "z",
         )),
         ("x_stride", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in (
             "tokens", "outputs", "inputs", "rank", "splits", "low_splits",
         )),
+        ("scale", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -145,6 +150,8 @@ class _MappedArguments(ctypes.Structure):
     _fields_ = (
         ("values_map", _Map),
         ("x_map", _Map),
+        ("up_map", _Map),
+        ("z_map", _Map),
         ("rest", _Arguments),
         ("padding", ctypes.c_char * (-ctypes.sizeof(_Arguments) % 64)),
     )
@@ -171,8 +178,9 @@ def _listed(table: Mapping[int, str], tokens: int) -> list[str]:
 def launches(tokens: int, out_features: int, in_features: int, rank: int, device: int) -> list[str]:
     """Names of the launches that compete for a product.
 
-    With an adapter X downᵀ is split in two ways, whatever the cut; for many tokens the adapter may
-    also be left to two more products, since partial sums in fp32 are more bytes than Y once more.
+    With an adapter X downᵀ is split in two ways, whatever the cut, but for ``tma`` in one, as far
+    as a cluster goes: there it takes little time of its own. For many tokens the adapter may also
+    be left to two more products, since partial sums in fp32 are more bytes than Y once more.
 
     Args:
         tokens: T.
@@ -184,8 +192,13 @@ def launches(tokens: int, out_features: int, in_features: int, rank: int, device
     found = split(cuts_for(tokens, device), tokens, out_features, in_features)
     if rank:
         few = max(2, in_features // _LOW_COLUMNS)
-        ways = (few, 2 * few) if tokens <= MAX_TOKENS else (0, few, 2 * few)
-        found = [launch._replace(low_splits=way) for launch in found for way in ways]
+        beside = () if tokens <= MAX_TOKENS else (0,)
+        ahead = (min(LARGEST_CLUSTER, in_features // 128),) if rank % _TMA_RANK == 0 else ()
+        found = [
+            launch._replace(low_splits=way)
+            for launch in found
+            for way in beside + (ahead if launch.tma else (few, 2 * few))
+        ]
     return [str(launch) for launch in found]
 
 
@@ -275,6 +288,7 @@ def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int]:
         "BF16": int(dtype == torch.bfloat16),
         "GROUPED": int(launch.grouped),
         "TMA": int(launch.tma),
+        "ADAPTED": int(launch.tma and launch.low_splits > 0),
     }
 
 
@@ -327,44 +341,76 @@ def decode_mma(
     if not y.numel():
         return y
     device = x.device.index
-    kernel = _kernel(launch._replace(splits=1, low_splits=0), x.dtype, device)
-    clusters, splits, parts = _has_clusters(device), launch.splits, launch.parts(tokens)
     rank = 0 if up is None else up.shape[1]
+    ahead = launch.tma and rank > 0  # X downᵀ is made by a launch of its own
+    kernel = _kernel(launch._replace(splits=1, low_splits=int(ahead)), x.dtype, device)
+    clusters, splits, parts = _has_clusters(device), launch.splits, launch.parts(tokens)
     together = clusters and 1 < splits <= LARGEST_CLUSTER and kernel.holds(launch.threads, splits)
     cluster = splits if together else 1
-    final = splits == cluster and rank == 0
-    partial = low_partial = None
+    final = splits == cluster and (rank == 0 or ahead)
+    partial = low_partial = z = None
     if not final:
         partial = x.new_empty((splits // cluster, tokens, out_features), dtype=torch.float32)
-    if rank:
-        low_partial = x.new_empty((launch.low_splits, tokens, rank), dtype=torch.float32)
     x = x if x.stride(0) % 8 == 0 else x.contiguous()
     x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
-    down = None if down is None else _aligned(down)
-    written = y if final else None, partial, low_partial
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    down, up = (None if part is None else _aligned(part) for part in (down, up))
+    if ahead and down is not None:
+        z = _x_down(x, down, launch, stream)
+    elif rank:
+        low_partial = x.new_empty((launch.low_splits, tokens, rank), dtype=torch.float32)
+    written = y if final else None, partial, low_partial, None
     argument: ctypes.Structure = _Arguments(
         *map(_pointer, (values, metadata, x, bias, down, *written)),
         x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits,
-        launch.low_splits,
+        launch.low_splits, scale,
     )  # fmt: skip
-    low_blocks = -(-rank // launch.rows) * parts * launch.low_splits
+    low_blocks = 0 if ahead else -(-rank // launch.rows) * parts * launch.low_splits
     blocks = -(-out_features // launch.rows) * parts * splits + -(-low_blocks // cluster) * cluster
     if launch.tma:
-        argument = _MappedArguments(*_maps(launch, x, values), argument)
-    stream = torch._C._cuda_getCurrentRawStream(device)
+        argument = _MappedArguments(*_maps(launch, x, values, up, z), argument)
     kernel(blocks, launch.threads, argument, stream, cluster, early=clusters)
     if partial is not None:
-        finish(partial, low_partial, up, bias, y, scale, early=clusters)
+        left = (None, None) if ahead else (low_partial, up)
+        finish(partial, *left, bias, y, scale, early=clusters)
     return y
 
 
-def _maps(launch: MmaLaunch, x: Tensor, values: Tensor) -> tuple[_Map, _Map]:
-    """How the tensor memory accelerator finds the tiles of the kept values and of X."""
+def _x_down(x: Tensor, down: Tensor, launch: MmaLaunch, stream: int) -> Tensor:
+    """``X downᵀ`` rounded to the dtype of X, in a launch that lets the next one begin meanwhile."""
+    (tokens, in_features), rank = x.shape, down.shape[0]
+    cut = MmaLaunch(min(8, launch.token_tiles), 1, 4, 2, 3, grouped=True)
+    kernel, z = _kernel(cut, x.dtype, x.device.index), x.new_empty((tokens, rank))
+    splits = launch.low_splits
+    cluster = splits if splits > 1 and kernel.holds(cut.threads, splits) else 1
+    argument = _Arguments(
+        *map(_pointer, (None, None, x, None, down, None, None, None, z)),
+        x.stride(0) * x.itemsize, tokens, rank, in_features, rank, cluster, 0, 1.0,
+    )  # fmt: skip
+    blocks = -(-rank // cut.rows) * cut.parts(tokens) * cluster
+    kernel(blocks, cut.threads, argument, stream, cluster, early=True)
+    return z
+
+
+def adds_adapter(launch: MmaLaunch, scale: float) -> bool:
+    """Whether :func:`decode_mma` adds an adapter by such a launch; else two products are to."""
+    return launch.low_splits > 0 and (not launch.tma or _SCALES[0] <= abs(scale) <= _SCALES[1])
+
+
+def _maps(
+    launch: MmaLaunch, x: Tensor, values: Tensor, up: Tensor | None, z: Tensor | None
+) -> Iterator[_Map]:
+    """How the tensor memory accelerator finds tiles of the kept values, X, up and X downᵀ."""
     kind = "bf16" if x.dtype == torch.bfloat16 else "fp16"
-    (tokens, in_features), out_features = x.shape, values.shape[0]
-    kept = values.data_ptr(), kind, in_features // 2, out_features, in_features, 64, launch.rows
-    given = x.data_ptr(), kind, in_features, tokens, 2 * x.stride(0), 64, 8 * launch.token_tiles
-    return tuple(_Map.from_buffer_copy(nvrtc.tensor_map(*box)) for box in (kept, given))  # type: ignore[return-value]
+    for matrix, rows in zip(
+        (values, x, up, z), (launch.rows, 8 * launch.token_tiles) * 2, strict=True
+    ):
+        if matrix is None:
+            yield _Map()
+            continue
+        (height, width), pitch = matrix.shape, matrix.stride(0) * matrix.itemsize
+        box = nvrtc.tensor_map(matrix.data_ptr(), kind, width, height, pitch, 64, rows)
+        yield _Map.from_buffer_copy(box)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -23,7 +23,13 @@ from slope.backends.choices import ChoiceStore
 from slope.backends.cusparselt import layout
 from slope.backends.cusparselt.plans import TOKEN_MULTIPLE
 from slope.backends.decoding import decode, why_no_decode
-from slope.backends.decoding_mma import MmaLaunch, decode_mma, launches, why_no_mma
+from slope.backends.decoding_mma import (
+    MmaLaunch,
+    adds_adapter,
+    decode_mma,
+    launches,
+    why_no_mma,
+)
 from slope.backends.dense import DenseBackend
 from slope.backends.support import machine, why_no_cusparselt
 from slope.backends.tuning import DECODE_PATHS, Choice, ProductKey, Tuner, bucket
@@ -137,7 +143,7 @@ def sparse_linear_forward(
 
     def mma(algorithm: str) -> Tensor:
         launch = MmaLaunch.parse(algorithm)
-        if launch.low_splits:
+        if adds_adapter(launch, scale):
             return decode_mma(x, values, metadata, bias, down, up, scale, launch)
         return with_adapter(decode_mma(x, values, metadata, bias, None, None, scale, launch))
 
