@@ -2,14 +2,16 @@
 
     python benchmarks/gpu_decode.py                        # the shapes of the committed log
     python benchmarks/gpu_decode.py --rank 0.015625        # with an adapter of that share of d_in
+    python benchmarks/gpu_decode.py --apart                # not one right after the other
     python benchmarks/gpu_decode.py --cuts --every all.csv # cuts that do not compete otherwise, too
 
 Each contender is one CUDA graph over as many layers as do not fit into the L2 cache, so that
-weights come from memory as in a model. Contenders take turns; a line has medians and the 10th to
-90th percentile of each speed-up, and the name of the launch that was chosen for ``mma``. With
-``--cuts`` every cut is checked, timed once, and the best few take turns with the others; they are
-named by token_tiles, row_tiles, row_warps, column_warps, stages, g for wgmma or t for wgmma with
-TMA / splits, and with an adapter / low splits.
+weights come from memory as in a model. With ``--apart`` a small kernel, in all times, keeps
+a product from beginning while the one before ends. Contenders take turns; a line has medians and
+the 10th to 90th percentile of each speed-up, and the name of the launch that was chosen for
+``mma``. With ``--cuts`` every cut is checked, timed once, and the best few take turns with the
+others; they are named by token_tiles, row_tiles, row_warps, column_warps, stages, g for wgmma or t
+for wgmma with TMA / splits, and with an adapter / low splits.
 """
 
 from __future__ import annotations
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,16,32,64,128")
     parser.add_argument("--paths", default="mma,cusparselt", help="of mma, triton, cusparselt")
     parser.add_argument("--rank", type=float, default=0.0, help="of an adapter, as a share of d_in")
+    parser.add_argument("--apart", action="store_true", help="another kernel before each product")
     parser.add_argument("--cuts", action="store_true", help="time other cuts of mma too")
     parser.add_argument("--named", default="", help="of them, those with this in their names")
     parser.add_argument("--every", type=Path, help="file for the time of every cut")
@@ -197,7 +200,11 @@ def measure(
         return adapted(decode_mma(*given, None, None, 1.0, launch))
 
     def all_layers(act: Callable[[int], Tensor]) -> Call:
-        return over(range(len(layers)), act)
+        def with_another(number: int) -> Tensor:
+            x.neg_()
+            return act(number)
+
+        return over(range(len(layers)), with_another if options.apart else act)
 
     clock = Clock(settings["device"])
     calls = {"dense": all_layers(by_dense)}

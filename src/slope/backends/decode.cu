@@ -524,10 +524,10 @@ __device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int
                  : "memory");
 }
 
-// The same of W^R by a block whose last warp does nothing but copy. A stage is full when its boxes and the
-// metadata, which the lanes of that warp copy, have come; empty when all warps have read it. An
-// adapter is some more steps, whose sums are to be scaled: what is there is divided by the scale
-// first.
+// The same of W^R by a block whose last warp does nothing but copy. A stage is full when its boxes
+// and the metadata, which the lanes of that warp copy, have come; empty when all warps have read it.
+// An adapter is some more steps, whose sums are to be scaled: what is there is divided by the scale
+// first. The launch ahead, which makes Z, has let this one begin when X was written.
 __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memory, int row, int token,
                                                int split, int splits) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
