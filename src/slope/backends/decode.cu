@@ -34,6 +34,7 @@ constexpr int X_BYTES = TOKENS * 2 * STEP;
 constexpr int STAGE = A_BYTES + X_BYTES + ROWS * STEP / 8;
 constexpr int SUM_STRIDE = ROWS + 4;
 constexpr int GROUPS = TOKENS * ROWS / 4;
+constexpr int FLIGHT = 4;  // groups of sums that a thread asks another block for at once
 constexpr int SUMS_BYTES = 4 * WK * TOKENS * SUM_STRIDE;
 constexpr int BARRIERS = STAGES * STAGE > SUMS_BYTES ? STAGES * STAGE : SUMS_BYTES;  // begin there
 static_assert(!TMA || GROUPED, "the accelerator lays X out as wgmma wants it");
@@ -277,19 +278,15 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// Four sums of all blocks of the cluster, in the order of the blocks.
-__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int blocks) {
-    float4 sum = {};
-    for (u32 block = 0; block < blocks; ++block) {
-        u32 at;
-        float4 part;
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(own)), "r"(block));
-        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
-                     : "r"(at));
-        sum = add(sum, part);
-    }
-    return sum;
+// Four sums of another block of the cluster.
+__device__ __forceinline__ float4 sums_of(const float4* own, u32 block) {
+    u32 at;
+    float4 part;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(own)), "r"(block));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
+                 : "r"(at));
+    return part;
 }
 
 // The next kernel of the stream, if it is one that waits itself, may come in where there is room.
@@ -299,7 +296,7 @@ __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontr
 __device__ __forceinline__ int cluster_blocks() { return 1; }
 __device__ __forceinline__ void cluster_meet() {}
 __device__ __forceinline__ void cluster_barrier() {}
-__device__ __forceinline__ float4 sum_of_blocks(const float4* own, int) { return *own; }
+__device__ __forceinline__ float4 sums_of(const float4* own, u32) { return *own; }
 __device__ __forceinline__ void let_next_begin() {}
 __device__ __forceinline__ void wait_for_previous() {}
 #endif
@@ -385,6 +382,31 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
 #endif
 }
 
+// Four sums of a token, rounded or not.
+template <bool SPARSE>
+__device__ __forceinline__ void write(const Arguments& arg, float4 sum, int number, int row, int rows,
+                                      int token, int slab) {
+    const int t = number / (ROWS / 4) + token, r = number % (ROWS / 4) * 4 + row;
+    if (t >= arg.tokens || r >= rows) return;
+    const long long at = static_cast<long long>(t) * rows + r;
+    const long long skipped = static_cast<long long>(slab) * arg.tokens * rows;
+    if (!SPARSE && arg.z) {  // the rank is divisible by 8, as TMA wants
+        *reinterpret_cast<ushort4*>(arg.z + at) = make_ushort4(
+            from_float(sum.x), from_float(sum.y), from_float(sum.z), from_float(sum.w));
+    } else if (!SPARSE) {
+        const float each[4] = {sum.x, sum.y, sum.z, sum.w};
+        for (int j = 0; j < min(4, rows - r); ++j) arg.low[skipped + at + j] = each[j];
+    } else if (arg.y) {  // outputs are divisible by 4, as 2:4 wants
+        const float bias[4] = {bias_of(arg, r), bias_of(arg, r + 1), bias_of(arg, r + 2),
+                               bias_of(arg, r + 3)};
+        *reinterpret_cast<ushort4*>(arg.y + at) =
+            make_ushort4(from_float(sum.x + bias[0]), from_float(sum.y + bias[1]),
+                         from_float(sum.z + bias[2]), from_float(sum.w + bias[3]));
+    } else {
+        *reinterpret_cast<float4*>(arg.partial + skipped + at) = sum;
+    }
+}
+
 // The warps along the inputs are added in order, then the blocks of a cluster.
 template <bool SPARSE>
 __device__ __forceinline__ void add_up(const Arguments& arg, char* memory, float (&sums)[MT][NT][4],
@@ -410,26 +432,22 @@ __device__ __forceinline__ void add_up(const Arguments& arg, char* memory, float
     }
     const int first = together ? split * THREADS : 0;
     const int stride = together ? splits * THREADS : THREADS;
-    for (int i = first + threadIdx.x; i < GROUPS; i += stride) {
-        const int t = i / (ROWS / 4) + token, r = i % (ROWS / 4) * 4 + row;
-        if (t >= arg.tokens || r >= rows) continue;
-        const float4 sum = together ? sum_of_blocks(group(shared, i), splits) : sum_of_warps(shared, i);
-        const long long at = static_cast<long long>(t) * rows + r;
-        const long long skipped = static_cast<long long>(together ? 0 : split) * arg.tokens * rows;
-        if (!SPARSE && arg.z) {  // the rank is divisible by 8, as TMA wants
-            *reinterpret_cast<ushort4*>(arg.z + at) = make_ushort4(
-                from_float(sum.x), from_float(sum.y), from_float(sum.z), from_float(sum.w));
-        } else if (!SPARSE) {
-            const float each[4] = {sum.x, sum.y, sum.z, sum.w};
-            for (int j = 0; j < min(4, rows - r); ++j) arg.low[skipped + at + j] = each[j];
-        } else if (arg.y) {  // outputs are divisible by 4, as 2:4 wants
-            const float bias[4] = {bias_of(arg, r), bias_of(arg, r + 1), bias_of(arg, r + 2),
-                                   bias_of(arg, r + 3)};
-            *reinterpret_cast<ushort4*>(arg.y + at) =
-                make_ushort4(from_float(sum.x + bias[0]), from_float(sum.y + bias[1]),
-                             from_float(sum.z + bias[2]), from_float(sum.w + bias[3]));
-        } else {
-            *reinterpret_cast<float4*>(arg.partial + skipped + at) = sum;
+    for (int i = first + threadIdx.x; i < GROUPS; i += FLIGHT * stride) {
+        float4 sum[FLIGHT] = {};
+        // In the order of the blocks; what is on its way together hides how far they are.
+        for (u32 block = 0; together && block < splits; ++block) {
+            float4 part[FLIGHT];
+#pragma unroll
+            for (int j = 0; j < FLIGHT; ++j)
+                part[j] = sums_of(group(shared, min(i + j * stride, GROUPS - 1)), block);
+#pragma unroll
+            for (int j = 0; j < FLIGHT; ++j) sum[j] = add(sum[j], part[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < FLIGHT; ++j) {
+            if (i + j * stride >= GROUPS) break;
+            if (!together) sum[j] = sum_of_warps(shared, i + j * stride);
+            write<SPARSE>(arg, sum[j], i + j * stride, row, rows, token, together ? 0 : split);
         }
     }
     if (together) cluster_meet();  // the others may still read this block's sums
