@@ -88,13 +88,13 @@ def test_warps_that_take_turns_must_find_their_stage_again(compiler):
 
 
 def test_the_struct_is_that_of_the_source():
-    assert ctypes.sizeof(decoding_mma._Arguments) == 8 * 9 + 8 + 4 * 7 + 4
     source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
     body = source[source.index("Arguments {") :].partition("};")[0]
     names = re.findall(r"(\w+)[,;]", re.sub("//.*", "", body))
-    maps = [name for name, _ in decoding_mma._MappedArguments._fields_[:4]]
-    assert names == maps + [name for name, _ in decoding_mma._Arguments._fields_]
-    assert ctypes.sizeof(decoding_mma._MappedArguments) == 640
+    assert names == ["values_map", "x_map", "up_map", "z_map", *decoding_mma._FIELDS.split()]
+    # As compilers lay it out, where maps are aligned to 64 bytes.
+    assert decoding_mma._ARGUMENTS.size == 8 * 9 + 8 + 4 * 7 + 4
+    assert (4 * len(decoding_mma._NO_MAP) + 112 + len(decoding_mma._PADDING)) == 640
 
 
 SHAPES = ((64, 64), (2048, 8192), (4096, 14336), (5120, 5120), (9216, 9216), (28672, 768))
@@ -207,6 +207,13 @@ def test_a_compiler_that_is_too_old_or_missing_is_a_reason(monkeypatch, version,
     decoding_mma._why_no_compiler.cache_clear()
 
 
+def argument_of(argument):
+    """What a launch is given, by the names of the source, behind four maps if there are."""
+    assert len(argument) in (112, 640)
+    numbers = decoding_mma._ARGUMENTS.unpack_from(argument, 4 * 128 * (len(argument) == 640))
+    return SimpleNamespace(**dict(zip(decoding_mma._FIELDS.split(), numbers, strict=True)))
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """What is launched, and handed to the second launch, on a GPU with clusters or without."""
@@ -223,20 +230,22 @@ def launched(monkeypatch):
                 assert clusters and threads == self.cut.threads and cluster > 1
                 return room
 
-            def __call__(self, *given, early):
+            def __call__(self, blocks, threads, argument, stream, cluster, early):
                 assert early == clusters
-                seen.append((self.cut, *given))
+                seen.append((self.cut, blocks, threads, argument_of(argument), stream, cluster))
 
         def finish(partial, *given, **options):
             finished.append(partial.shape[0])
 
+        decoding_mma._plan.cache_clear()
         monkeypatch.setattr(decoding_mma, "_kernel", Kernel)
         monkeypatch.setattr(decoding_mma, "_has_clusters", lambda device: clusters)
         monkeypatch.setattr(decoding_mma, "finish", finish)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
         return seen, finished
 
-    return prepare
+    yield prepare
+    decoding_mma._plan.cache_clear()
 
 
 @pytest.mark.parametrize("rank", [0, 5])
@@ -259,7 +268,7 @@ def test_what_is_launched(launched, rank):
     assert (argument.tokens, argument.outputs, argument.inputs, argument.rank) == (3, 64, 256, rank)
     assert argument.x_stride == 512 and argument.x % 16 == argument.values % 16 == 0
     assert argument.metadata == metadata.data_ptr() and argument.bias == bias.data_ptr()
-    assert (argument.down is None, argument.y is None) == (not rank, rank > 0)
+    assert (argument.down == 0, argument.y == 0) == (not rank, rank > 0)
     assert finished == [1] * (rank > 0)
     empty = decode_mma(x[:0], values, metadata, None, None, None, 1.0, MmaLaunch(1, 1, 1, 4, 4))
     assert empty.shape == (0, 64) and len(seen) == 1
@@ -288,7 +297,7 @@ def test_clusters(launched, clusters, splits, rank, blocks, cluster, parts):
     ((_, grid, threads, argument, _, together),) = seen
     assert (grid, together, finished) == (blocks, cluster, parts)
     assert threads == launch.threads and argument.splits == splits
-    assert (argument.y is None) == bool(parts)
+    assert (argument.y == 0) == bool(parts)
 
 
 def test_a_part_of_a_gpu_without_room_for_the_cluster_adds_in_a_second_launch(launched):
@@ -315,7 +324,7 @@ def test_tma_is_told_of_tiles(launched, monkeypatch):
     decode_mma(x, values, metadata, None, None, None, 1.0, launch)
     ((_, grid, threads, argument, _, together),) = seen
     assert (grid, threads, together) == (5 * 2, 32 * (4 * 2 + 1), 2)
-    assert argument.rest.splits == 2
+    assert argument.splits == 2
     assert maps == [
         (values.data_ptr(), "bf16", 128, 300, 256, 64, 64),
         (x.data_ptr(), "bf16", 256, 17, 512, 64, 32),
@@ -340,14 +349,8 @@ def test_with_tma_x_down_is_made_by_a_launch_ahead(launched, monkeypatch, room, 
     assert (together, alone, tiles) == (cluster, 1, 3)
     assert (ahead.z, ahead.splits, ahead.outputs, ahead.rank) == (boxes[3][0], cluster, 72, 72)
     assert cut.low_splits == 1 and decoding_mma.constants(cut, BF16)["ADAPTED"] == 1
-    rest = argument.rest
-    assert (rest.scale, rest.rank, rest.low_splits, rest.z, rest.partial) == (
-        0.5,
-        72,
-        4,
-        None,
-        None,
-    )
+    assert (argument.scale, argument.rank, argument.low_splits) == (0.5, 72, 0)
+    assert argument.z == argument.partial == 0 and argument.y
     assert finished == [] and boxes[2] == (up.data_ptr(), ("bf16", 72, 300, 144, 64, 128))
     assert boxes[3][1] == ("bf16", 72, 100, 144, 64, 128)
 
@@ -408,7 +411,7 @@ def kernel():
 
 
 def test_what_the_driver_is_asked(kernel):
-    one, argument = kernel(), decoding_mma._Arguments()
+    one, argument = kernel(), bytes(112)
     one(6, 128, argument, 7)
     one(6, 128, argument, 7, 3, early=True)
     assert [one.holds(128, cluster) for cluster in (2, 4, 2)] == [True, False, True]
@@ -430,10 +433,10 @@ def test_a_thread_without_a_context_gets_one(kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     one = kernel(201)
-    one(6, 128, decoding_mma._Arguments(), 7)
+    one(6, 128, bytes(112), 7)
     assert chosen == [1] and len(one._driver.asked) == 2
     with pytest.raises(nvrtc.NvrtcError, match="cuLaunchKernelEx returned CUDA error 700"):
-        kernel(700)(6, 128, decoding_mma._Arguments(), 7)
+        kernel(700)(6, 128, bytes(112), 7)
 
 
 def test_the_driver_s_structs():

@@ -7,9 +7,9 @@ kernels are made for more. T tokens, I = d_in, O = d_out, R rank.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -123,38 +123,14 @@ _GROUPED = {
 _GROUPED_ALONE_FROM = 33  # tokens; there it was the faster one at every shape
 
 
-class _Arguments(ctypes.Structure):
-    """``struct Arguments`` of the source."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (
-            "values", "metadata", "x", "bias", "down", "y", "partial", "low", "z",
-        )),
-        ("x_stride", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in (
-            "tokens", "outputs", "inputs", "rank", "splits", "low_splits",
-        )),
-        ("scale", ctypes.c_float),
-    )  # fmt: skip
-
-
-class _Map(ctypes.Structure):
-    """``CUtensorMap``."""
-
-    _fields_ = (("bytes", ctypes.c_char * 128),)
-
-
-class _MappedArguments(ctypes.Structure):
-    """``struct Arguments`` of a source with TMA; as long as its alignment makes it."""
-
-    _fields_ = (
-        ("values_map", _Map),
-        ("x_map", _Map),
-        ("up_map", _Map),
-        ("z_map", _Map),
-        ("rest", _Arguments),
-        ("padding", ctypes.c_char * (-ctypes.sizeof(_Arguments) % 64)),
-    )
+# ``struct Arguments`` of the source; with TMA four ``CUtensorMap`` come first.
+_ARGUMENTS = struct.Struct("9Q q 6i f 4x")
+_FIELDS = (
+    "values metadata x bias down y partial low z x_stride tokens outputs inputs rank splits "
+    "low_splits scale"
+)
+_NO_MAP = bytes(128)
+_PADDING = bytes(-_ARGUMENTS.size % 64)  # behind them, since maps are aligned so
 
 
 def cuts_for(tokens: int, device: int) -> list[MmaLaunch]:
@@ -340,56 +316,95 @@ def decode_mma(
     y = x.new_empty((tokens, out_features))
     if not y.numel():
         return y
-    device = x.device.index
     rank = 0 if up is None else up.shape[1]
-    ahead = launch.tma and rank > 0  # X downᵀ is made by a launch of its own
-    kernel = _kernel(launch._replace(splits=1, low_splits=int(ahead)), x.dtype, device)
-    clusters, splits, parts = _has_clusters(device), launch.splits, launch.parts(tokens)
-    together = clusters and 1 < splits <= LARGEST_CLUSTER and kernel.holds(launch.threads, splits)
-    cluster = splits if together else 1
-    final = splits == cluster and (rank == 0 or ahead)
+    plan = _plan(launch, tokens, out_features, in_features, rank, x.dtype, x.device.index)
     partial = low_partial = z = None
-    if not final:
-        partial = x.new_empty((splits // cluster, tokens, out_features), dtype=torch.float32)
+    if plan.slabs:
+        partial = x.new_empty((plan.slabs, tokens, out_features), dtype=torch.float32)
     x = x if x.stride(0) % 8 == 0 else x.contiguous()
     x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    down, up = (None if part is None else _aligned(part) for part in (down, up))
-    if ahead and down is not None:
-        z = _x_down(x, down, launch, stream)
-    elif rank:
-        low_partial = x.new_empty((launch.low_splits, tokens, rank), dtype=torch.float32)
-    written = y if final else None, partial, low_partial, None
-    argument: ctypes.Structure = _Arguments(
-        *map(_pointer, (values, metadata, x, bias, down, *written)),
-        x.stride(0) * x.itemsize, tokens, out_features, in_features, rank, splits,
-        launch.low_splits, scale,
-    )  # fmt: skip
-    low_blocks = 0 if ahead else -(-rank // launch.rows) * parts * launch.low_splits
-    blocks = -(-out_features // launch.rows) * parts * splits + -(-low_blocks // cluster) * cluster
-    if launch.tma:
-        argument = _MappedArguments(*_maps(launch, x, values, up, z), argument)
-    kernel(blocks, launch.threads, argument, stream, cluster, early=clusters)
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    if up is not None and down is not None:
+        down, up = _aligned(down), _aligned(up)
+        if plan.ahead is not None:
+            z = x.new_empty((tokens, rank))
+            alone = 0, 0, x.data_ptr(), 0, down.data_ptr(), 0, 0, 0, z.data_ptr()
+            plan.ahead.launch(alone, x, 1.0, stream)
+        else:
+            low_partial = x.new_empty((launch.low_splits, tokens, rank), dtype=torch.float32)
+    written = (y if partial is None else None), partial, low_partial, None
+    pointers = tuple(map(_pointer, (values, metadata, x, bias, down, *written)))
+    maps = _maps(launch, x, values, up, z) if launch.tma else b""
+    plan.launch(pointers, x, scale, stream, maps)
     if partial is not None:
-        left = (None, None) if ahead else (low_partial, up)
-        finish(partial, *left, bias, y, scale, early=clusters)
+        left = (low_partial, up) if plan.ahead is None else (None, None)
+        finish(partial, *left, bias, y, scale, early=plan.early)
     return y
 
 
-def _x_down(x: Tensor, down: Tensor, launch: MmaLaunch, stream: int) -> Tensor:
-    """``X downᵀ`` rounded to the dtype of X, in a launch that lets the next one begin meanwhile."""
-    (tokens, in_features), rank = x.shape, down.shape[0]
-    cut = MmaLaunch(min(8, launch.token_tiles), 1, 4, 2, 3, grouped=True)
-    kernel, z = _kernel(cut, x.dtype, x.device.index), x.new_empty((tokens, rank))
-    splits = launch.low_splits
-    cluster = splits if splits > 1 and kernel.holds(cut.threads, splits) else 1
-    argument = _Arguments(
-        *map(_pointer, (None, None, x, None, down, None, None, None, z)),
-        x.stride(0) * x.itemsize, tokens, rank, in_features, rank, cluster, 0, 1.0,
-    )  # fmt: skip
-    blocks = -(-rank // cut.rows) * cut.parts(tokens) * cluster
-    kernel(blocks, cut.threads, argument, stream, cluster, early=True)
-    return z
+class _Plan(NamedTuple):
+    """What does not depend on addresses.
+
+    Attributes:
+        kernel: compiled.
+        blocks: of the grid.
+        threads: of a block.
+        cluster: blocks of a cluster.
+        early: whether it may begin before the kernel ahead of it has ended.
+        sizes: tokens to low_splits of the arguments.
+        slabs: of partial sums, 0 where Y is written at once.
+        ahead: the launch that makes X downᵀ for this one.
+    """
+
+    kernel: nvrtc.Kernel
+    blocks: int
+    threads: int
+    cluster: int
+    early: bool
+    sizes: tuple[int, int, int, int, int, int]
+    slabs: int
+    ahead: _Plan | None
+
+    def launch(
+        self, pointers: Sequence[int], x: Tensor, scale: float, stream: int, maps: bytes = b""
+    ) -> None:
+        """Of operands at addresses."""
+        argument = _ARGUMENTS.pack(*pointers, x.stride(0) * x.itemsize, *self.sizes, scale)
+        if maps:
+            argument = maps + argument + _PADDING
+        self.kernel(self.blocks, self.threads, argument, stream, self.cluster, self.early)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    launch: MmaLaunch,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: int,
+) -> _Plan:
+    ahead, clusters = None, _has_clusters(device)
+    low_splits, parts = launch.low_splits if rank else 0, launch.parts(tokens)
+    if launch.tma and rank:
+        cut = MmaLaunch(min(8, launch.token_tiles), 1, 4, 2, 3, grouped=True)
+        kernel = _kernel(cut, dtype, device)
+        cluster = low_splits if low_splits > 1 and kernel.holds(cut.threads, low_splits) else 1
+        blocks = -(-rank // cut.rows) * cut.parts(tokens) * cluster
+        sizes = tokens, rank, in_features, rank, cluster, 0
+        ahead = _Plan(kernel, blocks, cut.threads, cluster, True, sizes, 0, None)
+        low_splits = 0
+    kernel = _kernel(launch._replace(splits=1, low_splits=int(ahead is not None)), dtype, device)
+    splits = launch.splits
+    together = clusters and 1 < splits <= LARGEST_CLUSTER and kernel.holds(launch.threads, splits)
+    cluster = splits if together else 1
+    final = splits == cluster and (rank == 0 or ahead is not None)
+    low_blocks = -(-rank // launch.rows) * parts * low_splits
+    blocks = -(-out_features // launch.rows) * parts * splits + -(-low_blocks // cluster) * cluster
+    sizes = tokens, out_features, in_features, rank, splits, low_splits
+    slabs = 0 if final else splits // cluster
+    return _Plan(kernel, blocks, launch.threads, cluster, clusters, sizes, slabs, ahead)
 
 
 def adds_adapter(launch: MmaLaunch, scale: float) -> bool:
@@ -399,23 +414,23 @@ def adds_adapter(launch: MmaLaunch, scale: float) -> bool:
 
 def _maps(
     launch: MmaLaunch, x: Tensor, values: Tensor, up: Tensor | None, z: Tensor | None
-) -> Iterator[_Map]:
+) -> bytes:
     """How the tensor memory accelerator finds tiles of the kept values, X, up and X downᵀ."""
     kind = "bf16" if x.dtype == torch.bfloat16 else "fp16"
-    for matrix, rows in zip(
-        (values, x, up, z), (launch.rows, 8 * launch.token_tiles) * 2, strict=True
-    ):
+
+    def made(matrix: Tensor | None, rows: int) -> bytes:
         if matrix is None:
-            yield _Map()
-            continue
+            return _NO_MAP
         (height, width), pitch = matrix.shape, matrix.stride(0) * matrix.itemsize
-        box = nvrtc.tensor_map(matrix.data_ptr(), kind, width, height, pitch, 64, rows)
-        yield _Map.from_buffer_copy(box)
+        return nvrtc.tensor_map(matrix.data_ptr(), kind, width, height, pitch, 64, rows)
+
+    rows, tokens = launch.rows, 8 * launch.token_tiles
+    return made(values, rows) + made(x, tokens) + made(up, rows) + made(z, tokens)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

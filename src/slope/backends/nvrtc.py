@@ -90,6 +90,9 @@ def compile_source(name: str, constants: Mapping[str, int], architecture: str) -
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+_Bytes = ctypes.c_char_p * 1  # an array of a pointer to them
+
+
 class _Attribute(ctypes.Structure):
     """``CUlaunchAttribute``; its value takes 64 bytes."""
 
@@ -149,7 +152,7 @@ class Kernel:
         self,
         blocks: int,
         threads: int,
-        argument: ctypes.Structure,
+        argument: bytes,
         stream: int,
         cluster: int = 1,
         early: bool = False,
@@ -159,7 +162,7 @@ class Kernel:
         Args:
             blocks: of the grid.
             threads: of a block.
-            argument: the kernel's only parameter, copied by the launch.
+            argument: the kernel's only parameter, as it stands in memory.
             stream: a CUDA stream's address.
             cluster: blocks that run together and read each other's shared memory; divides
                 ``blocks``, compute capability 9.0 and later.
@@ -169,7 +172,7 @@ class Kernel:
         Raises:
             NvrtcError: if the driver refuses.
         """
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        pointers = _Bytes(argument)
         config = self._config(blocks, threads, cluster, stream, early)
         self._call("cuLaunchKernelEx", config, self._function, pointers, None)
 
