@@ -117,7 +117,7 @@ def main() -> None:
     deadline = Deadline(options.seconds)
     tokens = [int(word) for word in options.tokens.split(",")]
     if options.cuts:
-        compile_all(tokens, options.named)
+        compile_all(tokens, options.named, options.rank > 0)
     for shape in shapes:
         out_features, in_features = map(int, shape.split("x"))
         for t in tokens:
@@ -129,15 +129,18 @@ def main() -> None:
             print(f"{shape}, {t} tokens: {line}", flush=True)
 
 
-def compile_all(tokens: Sequence[int], named: str) -> None:
+def compile_all(tokens: Sequence[int], named: str, adapted: bool) -> None:
     """Every cut, on all cores."""
+    cuts = {cut for t in tokens for cut in cuts_of(t, named)}
+    if adapted:
+        cuts |= {cut._replace(low_splits=1) for cut in cuts if cut.tma}
 
     def compile_one(cut: MmaLaunch) -> None:
         torch.cuda.set_device(0)
         decoding_mma._kernel(cut, torch.bfloat16, 0)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, {cut for t in tokens for cut in cuts_of(t, named)}))
+        list(pool.map(compile_one, cuts))
 
 
 def cuts_of(tokens: int, named: str) -> list[MmaLaunch]:
@@ -161,7 +164,9 @@ def candidates(
     """Each cut with its splits; with an adapter also those of down, 0 leaves it to cuBLAS."""
     for launch in decoding_mma.split(cuts_of(tokens, named), tokens, out_features, in_features):
         ways = LOW_SPLITS if rank else (0,)
-        for low in ways[:4] if launch.tma else ways:
+        if launch.tma:
+            ways = ways[: 1 if rank % 8 else 4]
+        for low in ways:
             yield launch._replace(low_splits=low)
 
 

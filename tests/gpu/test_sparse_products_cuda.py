@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -160,6 +161,7 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
                 assert torch.equal(y, decoding_mma.decode_mma(*given)), launch
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rank", [0, 40, 136])
 @pytest.mark.parametrize(
     "name",
@@ -167,23 +169,23 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
      "8.1.4.2.8t/5", "8.2.8.1.4t/8", "16.1.8.1.4t/1", "16.1.4.2.4t/2", "16.1.4.3.3t/2",
      "16.1.12.1.3t/1", "16.2.8.1.3t/3"],
 )  # fmt: skip
-def test_cuts_whose_tiles_are_copied_by_tma(name, rank):
+def test_cuts_whose_tiles_are_copied_by_tma(name, rank, dtype):
     launch = decoding_mma.MmaLaunch.parse(name)._replace(low_splits=3 if rank else 0)
     if not decoding_mma._has_wgmma(0):
         pytest.skip("needs compute capability 9.0")
-    layer = a_layer((328, 1664), values_dtype=torch.bfloat16).requires_grad_(False)
+    layer = a_layer((328, 1664), values_dtype=dtype).requires_grad_(False)
     exact = layer.to_dense().double()
-    down = torch.randn(rank, 1664, device="cuda", dtype=torch.bfloat16) if rank else None
-    up = torch.randn(328, rank, device="cuda", dtype=torch.bfloat16) if rank else None
+    down = torch.randn(rank, 1664, device="cuda", dtype=dtype) if rank else None
+    up = torch.randn(328, rank, device="cuda", dtype=dtype) if rank else None
     for tokens in (1, 8 * launch.token_tiles, 24 * launch.token_tiles - 5):
-        x = torch.randn(tokens, 1672, device="cuda", dtype=torch.bfloat16)[:, 8:]
-        given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1, launch
+        x = torch.randn(tokens, 1672, device="cuda", dtype=dtype)[:, 8:]
+        given = x, layer.values, layer.metadata, layer.bias, down, up, -0.7, launch
         y = decoding_mma.decode_mma(*given)
         expected = x.double() @ exact.t() + layer.bias.double()
         if rank:
             low = (x.double() @ down.double().t()).to(x.dtype).double()
-            expected += 0.1 * low @ up.double().t()
-        assert error(y, expected) < ROUNDING[torch.bfloat16]
+            expected += -0.7 * low @ up.double().t()
+        assert error(y, expected) < ROUNDING[dtype]
         assert torch.equal(y, decoding_mma.decode_mma(*given))
 
 
@@ -221,28 +223,33 @@ def test_a_chain_of_decode_kernels_equals_one_at_a_time(tokens, rank):
 @pytest.mark.parametrize("rank", [0, 40])
 @pytest.mark.parametrize("tokens", [1, 16, 64, 200])
 def test_a_captured_decode_kernel_equals_the_eager_one(tokens, rank):
-    """Every size of a cluster, and the second launch that begins early."""
+    """Every size of a cluster, and launches that begin early, also behind one that writes X."""
     layer = a_layer((320, 4096), values_dtype=torch.bfloat16).requires_grad_(False)
-    x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+    source = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+    x, factors = torch.empty_like(source), (2.0, -1.0, 0.5)
     down = torch.randn(rank, 4096, device="cuda", dtype=torch.bfloat16) if rank else None
     up = torch.randn(320, rank, device="cuda", dtype=torch.bfloat16) if rank else None
-    for splits in range(1, 10) if decoding_mma.cuts_for(tokens, 0) else ():
-        low_splits = 2 if rank else 0
-        launch = decoding_mma.cuts_for(tokens, 0)[0]._replace(splits=splits, low_splits=low_splits)
+    cuts = decoding_mma.cuts_for(tokens, 0)
+    by_kind = {cut.tma: cut for cut in reversed(cuts)}  # the first of each
+    for cut, splits in itertools.product(by_kind.values(), range(1, 10)):
+        launch = cut._replace(splits=splits, low_splits=2 if rank else 0)
 
-        def product(launch=launch):
+        def product(factor, launch=launch):
+            torch.mul(source, factor, out=x)
             given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1
             return decoding_mma.decode_mma(*given, launch)
 
-        product()
+        product(1.0)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            ys = [product() for _ in range(3)]
+            ys = [product(factor) for factor in factors]
         for _ in range(5):
-            x.normal_()
+            source.normal_()
             graph.replay()
-            expected = product()
-            assert all(torch.equal(y, expected) for y in ys)
+            for y, factor in zip(ys, factors, strict=True):
+                expected = product(factor)
+                torch.cuda.synchronize()
+                assert torch.equal(y, expected), launch
 
 
 @pytest.mark.parametrize("shape", [(128, 256), (768, 3072), (96, 160)], ids=str)

@@ -18,7 +18,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 
 
 def default_folder() -> Path:

@@ -301,8 +301,9 @@ def decode_mma(
         bias: (O,), dtype of ``x``, or None.
         down: (R, I), dtype of ``x``, contiguous, or None with ``up``.
         up: (O, R), dtype of ``x``, contiguous.
-        scale: factor of the adapter.
-        launch: how to cut the work, one of :func:`launches`; with an adapter it splits down.
+        scale: factor of the adapter, one that :func:`adds_adapter` allows.
+        launch: how to cut the work, one of :func:`launches` for such shapes and rank; with an
+            adapter it splits down.
 
     Returns:
         (T, O), dtype of ``x``. Moves the weight once for the tokens of a block, and partial sums in
@@ -390,7 +391,8 @@ def _plan(
     if launch.tma and rank:
         cut = MmaLaunch(min(8, launch.token_tiles), 1, 4, 2, 3, grouped=True)
         kernel = _kernel(cut, dtype, device)
-        cluster = low_splits if low_splits > 1 and kernel.holds(cut.threads, low_splits) else 1
+        together = 1 < low_splits <= LARGEST_CLUSTER and kernel.holds(cut.threads, low_splits)
+        cluster = low_splits if together else 1
         blocks = -(-rank // cut.rows) * cut.parts(tokens) * cluster
         sizes = tokens, rank, in_features, rank, cluster, 0
         ahead = _Plan(kernel, blocks, cut.threads, cluster, True, sizes, 0, None)
