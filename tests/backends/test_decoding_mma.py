@@ -166,6 +166,9 @@ def test_the_figures_of_a_cut():
     assert str(wide) == "16.1.8.1.4g/3" and MmaLaunch.parse(str(wide)) == wide
     assert MmaLaunch.parse("1.1.1.4.4") == cut == MmaLaunch.parse("1.1.1.4.4/1")
     assert MmaLaunch.parse("1.1.1.4.4/2/3") == cut._replace(splits=2, low_splits=3)
+    # One warp copies; where others need its registers, a group of four.
+    names = "16.1.12.1.3t", "16.2.8.1.3t", "8.2.8.1.4t", "16.2.8.1.3g"
+    assert [MmaLaunch.parse(name).threads for name in names] == [416, 384, 288, 256]
 
 
 def refusal(tokens=1, shape=(64, 128), dtype=BF16, values=BF16):

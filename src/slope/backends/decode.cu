@@ -34,9 +34,10 @@ constexpr int X_BYTES = TOKENS * 2 * STEP;
 constexpr int STAGE = A_BYTES + X_BYTES + ROWS * STEP / 8;
 constexpr int SUM_STRIDE = ROWS + 4;
 constexpr int GROUPS = TOKENS * ROWS / 4;
-// 32 columns each that are in flight: with 128 sums and a ninth warp there are no registers for four,
-// and the compiler would wait for every instruction.
-constexpr int AT_ONCE = TMA && MT * NT > 16 ? 1 : 4;
+// With 128 sums a ninth warp would leave so few registers that the compiler waits for every wgmma. A
+// third group of four then copies with few, and hands the others over.
+constexpr bool HANDS_OVER = TMA && MT * NT > 16;
+constexpr int COPYING = TMA ? (HANDS_OVER ? 128 : 32) : 0;  // threads
 constexpr int FLIGHT = 4;  // groups of sums that a thread asks another block for at once
 constexpr int SUMS_BYTES = 4 * WK * TOKENS * SUM_STRIDE;
 constexpr int BARRIERS = STAGES * STAGE > SUMS_BYTES ? STAGES * STAGE : SUMS_BYTES;  // begin there
@@ -337,37 +338,28 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
     const u32 half = lane & 1 ? 0x7632 : 0x5410;
 #if GROUPED
     const u32 columns_at = stage + A_BYTES + (SPARSE ? 2 : 1) * wk * (128 * TOKENS);
-    u32 places[4][MT];
+    u32 each[4][MT][4], places[4][MT];
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
-        for (int m = 0; m < MT; ++m)
+        for (int m = 0; m < MT; ++m) {
+            load4(each[k][m], (at_a ^ 32 * k) + 16 * m * STEP);
             // Beyond the last column there are zeros, whose places must be in order too.
             places[k][m] = !SPARSE || 32 * k >= columns ? 0x44444444
                                                        : __byte_perm(lower[m][k], upper[m][k], half);
-#pragma unroll
-    for (int begin = 0; begin < 4; begin += AT_ONCE) {
-        u32 each[AT_ONCE][MT][4];
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j)
-#pragma unroll
-            for (int m = 0; m < MT; ++m)
-                load4(each[j][m], (at_a ^ 32 * (begin + j)) + 16 * m * STEP);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-            const int k = begin + j;
-            const u64 b = descriptor(
-                columns_at + (SPARSE ? k / 2 * (128 * TOKENS) + k % 2 * 64 : k * 32));
-#pragma unroll
-            for (int m = 0; m < MT; ++m) {
-                if (SPARSE) group_sparse(sums[m], each[j][m], b, places[k][m]);
-                else group_dense(sums[m], each[j][m], b);
-            }
         }
-        asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" :::
-                         "memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const u64 b = descriptor(
+            columns_at + (SPARSE ? k / 2 * (128 * TOKENS) + k % 2 * 64 : k * 32));
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            if (SPARSE) group_sparse(sums[m], each[k][m], b, places[k][m]);
+            else group_dense(sums[m], each[k][m], b);
+        }
     }
+    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 #else
     const int chunk = SPARSE ? lane / 8 : lane / 8 % 2;
     const u32 at_x = stage + A_BYTES + lane % 8 * 2 * STEP + (SPARSE ? 256 : 128) * wk +
@@ -582,7 +574,9 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
     }
     __syncthreads();
     if (!ADAPTED) wait_for_previous();
-    if (warp == WM * WK) {
+    if (warp >= WM * WK) {
+        if (HANDS_OVER) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (warp > WM * WK) return;
         const long long pitch = arg.inputs / 8;
         const char* metadata = arg.metadata + (row + lane) * pitch + STEP / 8 * begin;
         for (int step = begin; step < end; ++step) {
@@ -624,6 +618,7 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
         asm volatile("cp.async.wait_all;");
         return;
     }
+    if (HANDS_OVER) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     float sums[MT][NT][4] = {};
     bool scaled = false;
     for (int step = begin + warp / WM; step < end; step += WK) {
@@ -647,7 +642,7 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS + (TMA ? 32 : 0))
+extern "C" __global__ void __launch_bounds__(THREADS + COPYING, HANDS_OVER ? 1 : 0)
     slope_decode(const __grid_constant__ Arguments arg) {
     extern __shared__ __align__(1024) char memory[];
     if (!arg.z) let_next_begin();

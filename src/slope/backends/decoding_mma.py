@@ -89,7 +89,9 @@ class MmaLaunch(NamedTuple):
     @property
     def threads(self) -> int:
         """Of a block."""
-        return 32 * (self.row_warps * self.column_warps + self.tma)
+        # With 128 sums for each, warps take registers over from a group of four that copies.
+        copying = (4 if self.row_tiles * self.token_tiles > 16 else 1) if self.tma else 0
+        return 32 * (self.row_warps * self.column_warps + copying)
 
     @property
     def shared(self) -> int:
