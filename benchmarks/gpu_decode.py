@@ -73,23 +73,29 @@ GROUPED = {
 }  # fmt: skip
 # The same with tiles that the tensor memory accelerator copies.
 BY_TMA = {
+    1: ((1, 4, 1, 8), (1, 4, 2, 16), (1, 4, 2, 8)),
     2: (
         (1, 4, 1, 8), (1, 4, 1, 4), (1, 8, 1, 10), (1, 8, 1, 5), (1, 4, 2, 8), (1, 4, 2, 4),
-        (1, 8, 2, 4),
+        (1, 4, 2, 14), (1, 8, 2, 4),
     ),
+    3: ((1, 4, 2, 12), (1, 4, 2, 6), (1, 4, 1, 6)),
     4: (
         (1, 4, 1, 6), (1, 8, 1, 8), (1, 8, 1, 4), (2, 8, 1, 4), (1, 12, 1, 5), (1, 4, 2, 6),
         (1, 4, 2, 12), (1, 8, 2, 8),
     ),
+    5: ((1, 4, 2, 10), (1, 4, 2, 4), (1, 8, 2, 6)),
+    6: ((1, 4, 2, 10), (1, 4, 2, 4), (1, 8, 2, 6)),
     8: (
         (1, 4, 1, 8), (1, 4, 1, 4), (1, 8, 1, 6), (1, 8, 1, 3), (1, 12, 1, 5), (2, 8, 1, 4),
         (1, 4, 2, 4), (1, 4, 2, 8), (1, 8, 2, 6), (1, 4, 3, 9), (1, 4, 4, 8),
     ),
+    11: ((1, 4, 2, 6), (1, 4, 1, 6), (1, 8, 1, 5), (1, 8, 2, 4)),
     16: (
         (1, 4, 1, 5), (1, 4, 1, 2), (1, 8, 1, 4), (1, 12, 1, 3), (2, 8, 1, 3), (1, 4, 2, 4),
         (1, 4, 3, 3), (2, 4, 2, 4),
     ),
 }  # fmt: skip
+PARTS = 11  # among which the tokens are shared at most
 LOW_SPLITS = (0, 2, 4, 8, 16)
 
 
@@ -153,7 +159,9 @@ def cuts_of(tokens: int, named: str) -> list[MmaLaunch]:
         least = next((most for most in GROUPED if tokens <= 8 * most), max(GROUPED))
         for tiles in (least,) if tokens <= MAX_TOKENS else (8, 16):
             cuts += [MmaLaunch(tiles, *cut, grouped=True) for cut in GROUPED[tiles]]
-            cuts += [MmaLaunch(tiles, *cut, grouped=True, tma=True) for cut in BY_TMA[tiles]]
+        for tiles, ways in BY_TMA.items():
+            if tiles <= least and tokens <= 8 * PARTS * tiles:
+                cuts += [MmaLaunch(tiles, *cut, grouped=True, tma=True) for cut in ways]
     memory = decoding_mma._shared_memory(0)
     return [cut for cut in cuts if cut.shared <= memory and named in str(cut)]
 

@@ -167,7 +167,7 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
     "name",
     ["2.1.8.1.5t/1", "2.1.4.2.4t/3", "4.1.4.1.6t/3", "4.1.12.1.5t/1", "8.1.8.1.6t/2",
      "8.1.4.2.8t/5", "8.2.8.1.4t/8", "16.1.8.1.4t/1", "16.1.4.2.4t/2", "16.1.4.3.3t/2",
-     "16.1.12.1.3t/1", "16.2.8.1.3t/3"],
+     "16.1.12.1.3t/1", "16.2.8.1.3t/3", "11.1.4.2.6t/2", "3.1.4.4.8t/1", "1.1.4.2.2t/1"],
 )  # fmt: skip
 def test_cuts_whose_tiles_are_copied_by_tma(name, rank, dtype):
     launch = decoding_mma.MmaLaunch.parse(name)._replace(low_splits=3 if rank else 0)

@@ -17,8 +17,9 @@
 // memory in the order of global memory; a chunk of 16 bytes is swapped with others of its row, so
 // that ldmatrix meets no bank twice. wgmma wants X in columns of 128 bytes, each swapped alike. The
 // inputs may be split among the blocks of a cluster, which then add their sums out of each other's
-// shared memory. Both instructions want for a 16 x 32 tile 32 bits of metadata of every row: lane
-// 4 g + h gives half h of row g below, of row g + 8 above, as they stand in memory.
+// shared memory. Both instructions want for a 16 x 32 tile 32 bits of metadata of every row: of each
+// four lanes a pair gives them, lane h of it half h of row g below, of row g + 8 above, as they stand
+// in memory.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -138,10 +139,8 @@ __device__ __forceinline__ void load2(u32 (&to)[4], u32 from) {
                  : "r"(from));
 }
 
-__device__ __forceinline__ void load_words(u32 (&to)[4], u32 from) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from));
+__device__ __forceinline__ void load_words(u32 (&to)[2], u32 from) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from));
 }
 
 #if BF16
@@ -150,14 +149,15 @@ __device__ __forceinline__ void load_words(u32 (&to)[4], u32 from) {
 #define KIND "f16"
 #endif
 
+template <int PAIR>
 __device__ __forceinline__ void multiply_sparse(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4],
                                                 u32 metadata) {
     asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." KIND "." KIND
                  ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, "
-                 "%12, 0x0;"
+                 "%12, %13;"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),
-                   "r"(b[3]), "r"(metadata));
+                   "r"(b[3]), "r"(metadata), "n"(PAIR));
 }
 
 __device__ __forceinline__ void multiply_dense(float (&d)[4], const u32 (&a)[4],
@@ -174,54 +174,16 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
     return static_cast<u64>((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// The names of 4 NT sums, of four registers of A, of the place of X and of the metadata.
-#define FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define NAMES1 "%0, %1, %2, %3"
-#define NAMES2 NAMES1 ", %4, %5, %6, %7"
-#define NAMES4 NAMES2 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAMES8 NAMES4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES16                                                                                   \
-    NAMES8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
-           "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SUMS1 FOUR(0)
-#define SUMS2 SUMS1, FOUR(1)
-#define SUMS4 SUMS2, FOUR(2), FOUR(3)
-#define SUMS8 SUMS4, FOUR(4), FOUR(5), FOUR(6), FOUR(7)
-#define SUMS16                                                                                  \
-    SUMS8, FOUR(8), FOUR(9), FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)
-#if NT == 1
-#define SHAPE "m64n8"
-#define SUMS SUMS1
-#define OPERANDS "{" NAMES1 "}, {%4, %5, %6, %7}, %8"
-#define METADATA "%9"
-#elif NT == 2
-#define SHAPE "m64n16"
-#define SUMS SUMS2
-#define OPERANDS "{" NAMES2 "}, {%8, %9, %10, %11}, %12"
-#define METADATA "%13"
-#elif NT == 4
-#define SHAPE "m64n32"
-#define SUMS SUMS4
-#define OPERANDS "{" NAMES4 "}, {%16, %17, %18, %19}, %20"
-#define METADATA "%21"
-#elif NT == 8
-#define SHAPE "m64n64"
-#define SUMS SUMS8
-#define OPERANDS "{" NAMES8 "}, {%32, %33, %34, %35}, %36"
-#define METADATA "%37"
-#elif NT == 16
-#define SHAPE "m64n128"
-#define SUMS SUMS16
-#define OPERANDS "{" NAMES16 "}, {%64, %65, %66, %67}, %68"
-#define METADATA "%69"
-#endif
-
+// Of wgmma, made for NT together with the constants: SHAPE is m64n, SUMS are the operands of 4 NT sums,
+// OPERANDS the names of these, of four registers of A and of the place of X, METADATA the names of the
+// metadata and of the pair of lanes that have it.
+template <int PAIR>
 __device__ __forceinline__ void group_sparse(float (&d)[NT][4], const u32 (&a)[4], u64 b,
                                              u32 metadata) {
     asm volatile("wgmma.mma_async.sp.sync.aligned." SHAPE "k32.f32." KIND "." KIND " " OPERANDS
-                 ", " METADATA ", 0, 1, 1, 1, 0;"
+                 ", " METADATA ", 1, 1, 1, 0;"
                  : SUMS
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(PAIR));
 }
 
 __device__ __forceinline__ void group_dense(float (&d)[NT][4], const u32 (&a)[4], u64 b) {
@@ -321,46 +283,91 @@ __device__ __forceinline__ float4 sum_of_warps(float* shared, int number) {
     return sum;
 }
 
-template <bool SPARSE>
-__device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int columns) {
+// This lane's metadata of a step, for row g and row g + 8. The first two lanes of four have those of the
+// first 64 columns, the others those of the rest.
+__device__ __forceinline__ void load_places(u32 (&lower)[MT][2], u32 (&upper)[MT][2], u32 stage) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = warp % WM * 16 * MT, wk = TMA ? 0 : warp / WM;
-    const u32 at_a = stage + (row + lane % 16) * STEP + 128 * wk + 16 * (lane / 16 ^ lane % 8);
-    const u32 at_e = stage + A_BYTES + X_BYTES + (row + lane / 4) * (STEP / 8) + 16 * wk;
-    u32 lower[MT][4], upper[MT][4];
-    if (SPARSE) {
+    const u32 at = stage + A_BYTES + X_BYTES + (row + lane / 4) * (STEP / 8) + 16 * wk +
+                   8 * (lane / 2 % 2);
 #pragma unroll
-        for (int m = 0; m < MT; ++m) {
-            load_words(lower[m], at_e + 2 * m * STEP);
-            load_words(upper[m], at_e + (2 * m + 1) * STEP);
-        }
+    for (int m = 0; m < MT; ++m) {
+        load_words(lower[m], at + 2 * m * STEP);
+        load_words(upper[m], at + (2 * m + 1) * STEP);
     }
-    const u32 half = lane & 1 ? 0x7632 : 0x5410;
+}
+
+// Which half of a word this lane gives.
+__device__ __forceinline__ u32 own_half() { return threadIdx.x & 1 ? 0x7632 : 0x5410; }
+
+// Where this lane reads 16 bytes of A, for the first 16 rows of its warp and the first 32 bytes.
+__device__ __forceinline__ u32 place_of_a(u32 stage) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row = warp % WM * 16 * MT, wk = TMA ? 0 : warp / WM;
+    return stage + (row + lane % 16) * STEP + 128 * wk + 16 * (lane / 16 ^ lane % 8);
+}
+
 #if GROUPED
-    const u32 columns_at = stage + A_BYTES + (SPARSE ? 2 : 1) * wk * (128 * TOKENS);
-    u32 each[4][MT][4], places[4][MT];
+struct Fragments {
+    u32 a[4][MT][4], places[4][MT];
+};
+
+// A step's A.
+template <bool SPARSE>
+__device__ __forceinline__ void load(Fragments& step, u32 stage, int columns) {
+    const u32 at = place_of_a(stage), half = own_half();
+    u32 lower[MT][2], upper[MT][2];
+    if (SPARSE) load_places(lower, upper, stage);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            load4(each[k][m], (at_a ^ 32 * k) + 16 * m * STEP);
+            load4(step.a[k][m], (at ^ 32 * k) + 16 * m * STEP);
             // Beyond the last column there are zeros, whose places must be in order too.
-            places[k][m] = !SPARSE || 32 * k >= columns ? 0x44444444
-                                                       : __byte_perm(lower[m][k], upper[m][k], half);
+            step.places[k][m] = !SPARSE || 32 * k >= columns
+                                    ? 0x44444444
+                                    : __byte_perm(lower[m][k % 2], upper[m][k % 2], half);
         }
+}
+
+// Begins to add a step's product; the registers of neither may be touched until it is finished.
+template <bool SPARSE>
+__device__ __forceinline__ void begin_product(float (&sums)[MT][NT][4], const Fragments& step,
+                                              u32 stage) {
+    const int wk = TMA ? 0 : threadIdx.x / 32 / WM;
+    const u32 x = stage + A_BYTES + (SPARSE ? 2 : 1) * wk * (128 * TOKENS);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-        const u64 b = descriptor(
-            columns_at + (SPARSE ? k / 2 * (128 * TOKENS) + k % 2 * 64 : k * 32));
+        const u64 b = descriptor(x + (SPARSE ? k / 2 * (128 * TOKENS) + k % 2 * 64 : k * 32));
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            if (SPARSE) group_sparse(sums[m], each[k][m], b, places[k][m]);
-            else group_dense(sums[m], each[k][m], b);
+            if (!SPARSE) group_dense(sums[m], step.a[k][m], b);
+            else if (k < 2) group_sparse<0>(sums[m], step.a[k][m], b, step.places[k][m]);
+            else group_sparse<1>(sums[m], step.a[k][m], b, step.places[k][m]);
         }
     }
-    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void finish_product() {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+#endif
+
+#if !TMA
+template <bool SPARSE>
+__device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int columns) {
+#if GROUPED
+    Fragments step;
+    load<SPARSE>(step, stage, columns);
+    begin_product<SPARSE>(sums, step, stage);
+    finish_product();
 #else
+    const int lane = threadIdx.x % 32, wk = threadIdx.x / 32 / WM;
+    const u32 at_a = place_of_a(stage), half = own_half();
+    u32 lower[MT][2], upper[MT][2];
+    if (SPARSE) load_places(lower, upper, stage);
     const int chunk = SPARSE ? lane / 8 : lane / 8 % 2;
     const u32 at_x = stage + A_BYTES + lane % 8 * 2 * STEP + (SPARSE ? 256 : 128) * wk +
                      16 * (chunk ^ lane % 8);
@@ -378,16 +385,18 @@ __device__ __forceinline__ void compute(float (&sums)[MT][NT][4], u32 stage, int
         for (int m = 0; m < MT; ++m) {
             u32 a[4];
             load4(a, (at_a ^ 32 * k) + 16 * m * STEP);
-            const u32 metadata = SPARSE ? __byte_perm(lower[m][k], upper[m][k], half) : 0;
+            const u32 metadata = SPARSE ? __byte_perm(lower[m][k % 2], upper[m][k % 2], half) : 0;
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-                if (SPARSE) multiply_sparse(sums[m][n], a, b[n], metadata);
-                else multiply_dense(sums[m][n], a, b[n]);
+                if (!SPARSE) multiply_dense(sums[m][n], a, b[n]);
+                else if (k < 2) multiply_sparse<0>(sums[m][n], a, b[n], metadata);
+                else multiply_sparse<1>(sums[m][n], a, b[n], metadata);
             }
         }
     }
 #endif
 }
+#endif
 
 // Four sums of a token, rounded or not.
 template <bool SPARSE>
@@ -460,15 +469,6 @@ __device__ __forceinline__ void add_up(const Arguments& arg, char* memory, float
     if (together) cluster_meet();  // the others may still read this block's sums
 }
 
-// The first bytes of each row of a tile go to the L2 cache while the kernel before may be at work
-// still. It may be writing them: nothing is read.
-__device__ __forceinline__ void warm_up(const char* matrix, long long pitch, int row, int rows,
-                                        int begin, int bytes) {
-    for (int r = threadIdx.x; r < min(ROWS, rows - row); r += THREADS)
-        for (int at = begin; at < min(begin + bytes, static_cast<int>(pitch)); at += 128)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(matrix + (row + r) * pitch + at));
-}
-
 #if !TMA
 // sums = rows of A times X over this split, from a token on.
 template <bool SPARSE>
@@ -496,8 +496,6 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
         }
         asm volatile("cp.async.commit_group;");
     };
-    warm_up(a, a_row, row, rows, begin * STEP, min(STAGES, end - begin) * STEP);
-    if (SPARSE) warm_up(arg.metadata, arg.inputs / 8, row, rows, begin * STEP / 8, 1);
     wait_for_previous();
     // Not before: the next launch then takes X for written, and waits for Z alone.
     if (!SPARSE && arg.z) let_next_begin();
@@ -532,6 +530,18 @@ __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
     } while (!done);
 }
 
+// Whether a phase of a barrier has ended, the same for all lanes.
+__device__ __forceinline__ bool is_over(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return __all_sync(0xffffffff, done);
+}
+
 __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], float factor) {
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -547,6 +557,11 @@ __device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int
                  "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(column), "r"(row),
                  "r"(barrier)
                  : "memory");
+}
+
+// A map is on its way before it is needed.
+__device__ __forceinline__ void ask_for(const Map& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // The same of W^R by a block whose last warp does nothing but copy. A stage is full when its boxes
@@ -566,11 +581,11 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * s), "n"(WM));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    if (!ADAPTED) {
-        warm_up(arg.values, arg.inputs, row, arg.outputs, begin * STEP,
-                min(STAGES, end - begin) * STEP);
-        warm_up(arg.metadata, arg.inputs / 8, row, arg.outputs, begin * STEP / 8, 1);
+    } else if (threadIdx.x == 32) {
+        ask_for(arg.values_map);
+        ask_for(arg.x_map);
+        if (ADAPTED) ask_for(arg.up_map);
+        if (ADAPTED) ask_for(arg.z_map);
     }
     __syncthreads();
     if (!ADAPTED) wait_for_previous();
@@ -621,20 +636,43 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
     if (HANDS_OVER) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     float sums[MT][NT][4] = {};
     bool scaled = false;
-    for (int step = begin + warp / WM; step < end; step += WK) {
-        const int number = step - begin, stage = number % STAGES;
-        wait_for(full + 8 * stage, number / STAGES & 1);
-#if ADAPTED
-        if (step >= steps) {
+    auto barrier_of = [&](int step) { return full + 8 * ((step - begin) % STAGES); };
+    auto parity_of = [&](int step) { return (step - begin) / STAGES & 1; };
+    auto read = [&](Fragments& fragments, int step) {
+        const u32 stage = base + (step - begin) % STAGES * STAGE;
+        if (ADAPTED && step >= steps) load<false>(fragments, stage, STEP / 2);
+        else load<true>(fragments, stage, STEP);  // the inputs are divisible by it
+    };
+    // If the next step's A is there, it is read while the tensor cores are at work on this one's.
+    auto add = [&](const Fragments& fragments, Fragments& next, int step) {
+        if (step >= end) return;
+        const int stage = (step - begin) % STAGES, after = step + WK;
+        if (ADAPTED && step >= steps) {
             if (!scaled) multiply(sums, 1 / arg.scale);
             scaled = true;
-            compute<false>(sums, base + stage * STAGE, 64);
-        } else
-#endif
-            compute<true>(sums, base + stage * STAGE, arg.inputs - step * STEP);
+            begin_product<false>(sums, fragments, base + stage * STAGE);
+        } else {
+            begin_product<true>(sums, fragments, base + stage * STAGE);
+        }
+        const bool there = after < end && is_over(barrier_of(after), parity_of(after));
+        if (there) read(next, after);
+        finish_product();
         if (lane == 0)
             asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * stage)
                          : "memory");
+        if (there || after >= end) return;
+        wait_for(barrier_of(after), parity_of(after));
+        read(next, after);
+    };
+    Fragments even, odd;
+    const int first = begin + warp / WM;
+    if (first < end) {
+        wait_for(barrier_of(first), parity_of(first));
+        read(even, first);
+    }
+    for (int step = first; step < end; step += 2 * WK) {
+        add(even, odd, step);
+        add(odd, even, step + WK);
     }
     if (scaled) multiply(sums, arg.scale);
     __syncthreads();

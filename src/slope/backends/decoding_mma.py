@@ -26,6 +26,7 @@ _WGMMA = (9, 0)  # the compute capability that has it; later ones have another i
 LARGEST_CLUSTER = 8  # blocks; more are not portable
 _MOST_BLOCKS = 1300  # of a grid that is split: ten for each multiprocessor of an H200
 _MULTIPLE = 64  # of I: a copy moves 8 bytes of metadata
+_TMA_MULTIPLE = 128  # of I: with TMA 16
 _TMA_RANK = (
     8  # what a rank is to be a multiple of: rows of up and X downᵀ are multiples of 16 bytes
 )
@@ -116,13 +117,18 @@ _CUTS = {
 }
 _GROUPED = {
     8: "",
-    16: "2.1.4.2.3g 2.1.4.2.4g 2.1.4.1.4t 2.1.4.2.8t 2.1.8.1.5t",
-    32: "4.1.4.1.6g 4.1.4.2.4g 4.2.4.2.3g 4.1.4.1.6t 4.1.4.2.6t 4.1.4.2.12t 4.1.8.1.4t",
-    64: "8.1.4.1.6g 8.1.4.2.4g 8.1.8.2.3g 8.1.4.1.4t 8.1.4.2.8t 8.1.8.2.6t 8.1.12.1.5t",
-    1024: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 8.1.4.1.8t 8.1.4.2.8t 8.1.8.2.6t 16.1.4.2.4t "
-    "16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
+    16: "2.1.4.2.3g 2.1.4.2.4g 2.1.4.1.4t 2.1.4.1.8t 2.1.4.2.8t 2.1.4.2.14t 2.1.8.1.5t",
+    32: "4.1.4.1.6g 4.1.4.2.4g 4.2.4.2.3g 4.1.4.1.6t 4.1.4.2.6t 4.1.4.2.12t 4.1.8.1.4t 2.1.4.2.14t",
+    64: "8.1.4.1.6g 8.1.4.2.4g 8.1.8.2.3g 8.1.4.1.4t 8.1.4.2.8t 8.1.8.2.6t 8.1.12.1.5t 4.1.4.2.6t "
+    "4.1.4.2.12t 2.1.4.2.14t",
+    128: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 2.1.4.2.8t 4.1.4.2.12t 8.1.4.2.8t 8.1.8.2.6t "
+    "16.1.4.2.4t 16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
+    1024: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 8.1.4.2.4t 8.1.4.2.8t 8.1.8.2.6t 11.1.4.2.6t "
+    "16.1.4.2.4t 16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
 }
-_GROUPED_ALONE_FROM = 33  # tokens; there it was the faster one at every shape
+# Tokens; from there on these were the faster ones at every shape.
+_GROUPED_ALONE_FROM = 33
+_TMA_ALONE_FROM = 17  # where it can be used
 
 
 # ``struct Arguments`` of the source; with TMA four ``CUtensorMap`` come first.
@@ -167,7 +173,10 @@ def launches(tokens: int, out_features: int, in_features: int, rank: int, device
         rank: R, 0 without an adapter.
         device: index of the GPU.
     """
-    found = split(cuts_for(tokens, device), tokens, out_features, in_features)
+    cuts = cuts_for(tokens, device)
+    if tokens >= _TMA_ALONE_FROM and in_features % _TMA_MULTIPLE == rank % _TMA_RANK == 0:
+        cuts = [cut for cut in cuts if cut.tma] or cuts
+    found = split(cuts, tokens, out_features, in_features)
     if rank:
         few = max(2, in_features // _LOW_COLUMNS)
         beside = () if tokens <= MAX_TOKENS else (0,)
@@ -185,12 +194,11 @@ def split(
 ) -> list[MmaLaunch]:
     """Each cut as it is and split: a step or more for each part, no more than a cluster holds.
 
-    A grid of many more blocks than a GPU has places for is not split. With TMA rows of
-    metadata are copied 16 bytes at a time, which wants I divisible by 128.
+    A grid of many more blocks than a GPU has places for is not split.
     """
     found = []
     for cut in cuts:
-        if cut.tma and in_features % 128:
+        if cut.tma and in_features % _TMA_MULTIPLE:
             continue
         tiles = -(-out_features // cut.rows) * cut.parts(tokens)
         most = min(in_features // (128 * cut.column_warps), _MOST_BLOCKS // tiles, LARGEST_CLUSTER)
@@ -259,14 +267,27 @@ def _why_no_compiler() -> str | None:
     return nvrtc.why_missing()
 
 
-def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int]:
+def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int | str]:
     """What ``decode.cu`` is compiled with."""
     names = ("NT", "MT", "WM", "WK", "STAGES")
-    return dict(zip(names, launch, strict=False)) | {
+    return dict(zip(names, launch, strict=False)) | _operands(launch.token_tiles) | {
         "BF16": int(dtype == torch.bfloat16),
         "GROUPED": int(launch.grouped),
         "TMA": int(launch.tma),
         "ADAPTED": int(launch.tma and launch.low_splits > 0),
+    }
+
+
+def _operands(token_tiles: int) -> dict[str, str]:
+    """How wgmma is written for a number of sums."""
+    sums, tiles = 4 * token_tiles, range(token_tiles)
+    given = [f"%{i}" for i in range(sums + 7)]
+    a, x, metadata, pair = given[sums : sums + 4], *given[sums + 4 :]
+    return {
+        "SHAPE": f'"m64n{8 * token_tiles}"',
+        "SUMS": ", ".join(f'"+f"(d[{tile}][{i}])' for tile in tiles for i in range(4)),
+        "OPERANDS": f'"{{{", ".join(given[:sums])}}}, {{{", ".join(a)}}}, {x}"',
+        "METADATA": f'"{metadata}, {pair}"',
     }
 
 

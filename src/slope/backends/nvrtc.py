@@ -50,7 +50,7 @@ def _compiler() -> Any:
         raise NvrtcError(f"cannot load {name}: {error}") from None
 
 
-def compile_source(name: str, constants: Mapping[str, int], architecture: str) -> bytes:
+def compile_source(name: str, constants: Mapping[str, int | str], architecture: str) -> bytes:
     """Machine code of a source file beside this module.
 
     Args:
@@ -62,7 +62,9 @@ def compile_source(name: str, constants: Mapping[str, int], architecture: str) -
         NvrtcError: with the compiler's log, or if there is no compiler.
     """
     library = _compiler()
-    source = resources.files(__package__).joinpath(name).read_bytes()
+    macros = "".join(f"#define {macro} {value}\n" for macro, value in constants.items())
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    source = f"{macros}#line 1\n{text}".encode()
     program = ctypes.c_void_p()
 
     def call(function: str, *arguments: Any) -> None:
@@ -80,7 +82,6 @@ def compile_source(name: str, constants: Mapping[str, int], architecture: str) -
     call("nvrtcCreateProgram", ctypes.byref(program), source, name.encode(), 0, None, None)
     try:
         options = [f"--gpu-architecture={architecture}", "--std=c++17"]
-        options += [f"-D{macro}={value}" for macro, value in constants.items()]
         array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
         if library.nvrtcCompileProgram(program, len(options), array):
             log = read("ProgramLog").rstrip(b"\0").decode(errors="replace")
@@ -130,7 +131,7 @@ class Kernel:
         self,
         source: str,
         function: str,
-        constants: Mapping[str, int],
+        constants: Mapping[str, int | str],
         shared: int,
         suffix: str = "",
     ) -> None:
