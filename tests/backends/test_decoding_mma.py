@@ -141,10 +141,10 @@ def test_launches(hopper, shape):
             if one.splits > 1:
                 assert 128 * one.column_warps * one.splits <= shape[1]
                 assert -(-shape[0] // one.rows) * one.parts(tokens) * one.splits <= 1300
-        # With an adapter each in two ways, with TMA in one; for many tokens also without it.
+        # With an adapter each in two ways; for many tokens also without it.
         few = 4 if shape[1] == 14336 else 2
         by_threads, beside = {few, 2 * few}, {0} if tokens > 64 else set()
-        by_tma = {min(8, shape[1] // 128)}
+        by_tma = {2, min(8, shape[1] // 128)}
         expected = {
             one._replace(low_splits=low)
             for one in found

@@ -643,36 +643,50 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
         if (ADAPTED && step >= steps) load<false>(fragments, stage, STEP / 2);
         else load<true>(fragments, stage, STEP);  // the inputs are divisible by it
     };
-    // If the next step's A is there, it is read while the tensor cores are at work on this one's.
-    auto add = [&](const Fragments& fragments, Fragments& next, int step) {
-        if (step >= end) return;
-        const int stage = (step - begin) % STAGES, after = step + WK;
+    auto add = [&](const Fragments& fragments, int step) {
+        const u32 stage = base + (step - begin) % STAGES * STAGE;
         if (ADAPTED && step >= steps) {
             if (!scaled) multiply(sums, 1 / arg.scale);
             scaled = true;
-            begin_product<false>(sums, fragments, base + stage * STAGE);
+            begin_product<false>(sums, fragments, stage);
         } else {
-            begin_product<true>(sums, fragments, base + stage * STAGE);
+            begin_product<true>(sums, fragments, stage);
         }
-        const bool there = after < end && is_over(barrier_of(after), parity_of(after));
-        if (there) read(next, after);
+    };
+    auto leave = [&](int step) {
         finish_product();
         if (lane == 0)
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * stage)
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(
+                             empty + 8 * ((step - begin) % STAGES))
                          : "memory");
+    };
+    // Where warps do not take turns, the next step's A is read while the tensor cores are at work on
+    // this one's, if it is there.
+    auto add_and_read = [&](const Fragments& fragments, Fragments& next, int step) {
+        if (step >= end) return;
+        const int after = step + 1;
+        add(fragments, step);
+        const bool there = after < end && is_over(barrier_of(after), parity_of(after));
+        if (there) read(next, after);
+        leave(step);
         if (there || after >= end) return;
         wait_for(barrier_of(after), parity_of(after));
         read(next, after);
     };
     Fragments even, odd;
-    const int first = begin + warp / WM;
-    if (first < end) {
-        wait_for(barrier_of(first), parity_of(first));
-        read(even, first);
+    if (WK == 1 && begin < end) {
+        wait_for(barrier_of(begin), parity_of(begin));
+        read(even, begin);
     }
-    for (int step = first; step < end; step += 2 * WK) {
-        add(even, odd, step);
-        add(odd, even, step + WK);
+    for (int step = begin; WK == 1 && step < end; step += 2) {
+        add_and_read(even, odd, step);
+        add_and_read(odd, even, step + 1);
+    }
+    for (int step = begin + warp / WM; WK > 1 && step < end; step += WK) {
+        wait_for(barrier_of(step), parity_of(step));
+        read(even, step);
+        add(even, step);
+        leave(step);
     }
     if (scaled) multiply(sums, arg.scale);
     __syncthreads();

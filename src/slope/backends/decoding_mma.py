@@ -107,8 +107,8 @@ class MmaLaunch(NamedTuple):
         return -(-tokens // (8 * self.token_tiles))
 
 
-# What competes for up to so many tokens: on an H200 each was the fastest of about ten cuts at one
-# of 14 shapes from 768 x 768 to 50304 x 4096 (benchmarks/gpu_decode.py --cuts).
+# What competes for up to so many tokens: on an H200 each was the fastest at one of 14 shapes from
+# 768 x 768 to 50304 x 4096 (benchmarks/gpu_decode.py --cuts), or serves shapes that TMA does not.
 _CUTS = {
     8: "1.1.1.8.3 1.1.1.4.4 1.1.2.2.3",
     16: "2.1.1.4.4 2.2.1.8.3 2.1.2.2.4 2.2.2.2.3",
@@ -117,14 +117,14 @@ _CUTS = {
 }
 _GROUPED = {
     8: "",
-    16: "2.1.4.2.3g 2.1.4.2.4g 2.1.4.1.4t 2.1.4.1.8t 2.1.4.2.8t 2.1.4.2.14t 2.1.8.1.5t",
-    32: "4.1.4.1.6g 4.1.4.2.4g 4.2.4.2.3g 4.1.4.1.6t 4.1.4.2.6t 4.1.4.2.12t 4.1.8.1.4t 2.1.4.2.14t",
-    64: "8.1.4.1.6g 8.1.4.2.4g 8.1.8.2.3g 8.1.4.1.4t 8.1.4.2.8t 8.1.8.2.6t 8.1.12.1.5t 4.1.4.2.6t "
-    "4.1.4.2.12t 2.1.4.2.14t",
-    128: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 2.1.4.2.8t 4.1.4.2.12t 8.1.4.2.8t 8.1.8.2.6t "
-    "16.1.4.2.4t 16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
-    1024: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 8.1.4.2.4t 8.1.4.2.8t 8.1.8.2.6t 11.1.4.2.6t "
-    "16.1.4.2.4t 16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
+    16: "2.1.4.2.3g 2.1.4.1.4t 2.1.4.1.8t 2.1.4.2.8t 2.1.4.2.14t 2.1.8.1.5t",
+    32: "4.1.4.1.6g 4.1.4.2.4g 4.2.4.2.3g 4.1.4.1.6t 4.1.4.2.6t 4.1.4.2.12t 4.1.8.1.4t",
+    64: "8.1.4.1.6g 8.1.4.2.4g 8.1.8.2.3g 2.1.4.2.14t 4.1.4.2.6t 4.1.4.2.12t 8.1.4.1.4t 8.1.4.2.8t "
+    "8.1.8.2.6t 8.1.12.1.5t",
+    128: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 2.1.4.2.8t 8.1.4.2.8t 16.1.4.1.5t 16.1.4.2.4t "
+    "16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
+    1024: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 8.1.4.2.4t 8.1.4.2.8t 11.1.4.2.6t 16.1.4.2.4t "
+    "16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
 }
 # Tokens; from there on these were the faster ones at every shape.
 _GROUPED_ALONE_FROM = 33
@@ -162,9 +162,10 @@ def _listed(table: Mapping[int, str], tokens: int) -> list[str]:
 def launches(tokens: int, out_features: int, in_features: int, rank: int, device: int) -> list[str]:
     """Names of the launches that compete for a product.
 
-    With an adapter X downᵀ is split in two ways, whatever the cut, but for ``tma`` in one, as far
-    as a cluster goes: there it takes little time of its own. For many tokens the adapter may also
-    be left to two more products, since partial sums in fp32 are more bytes than Y once more.
+    With an adapter X downᵀ is split in two ways, whatever the cut; with ``tma`` into as many blocks
+    as a cluster holds, which are done soon, or into two, which leave the GPU to the product itself.
+    For many tokens the adapter may also be left to two more products, since partial sums in fp32
+    are more bytes than Y once more.
 
     Args:
         tokens: T.
@@ -180,11 +181,11 @@ def launches(tokens: int, out_features: int, in_features: int, rank: int, device
     if rank:
         few = max(2, in_features // _LOW_COLUMNS)
         beside = () if tokens <= MAX_TOKENS else (0,)
-        ahead = (min(LARGEST_CLUSTER, in_features // 128),) if rank % _TMA_RANK == 0 else ()
+        ahead = {2, min(LARGEST_CLUSTER, in_features // 128)} if rank % _TMA_RANK == 0 else set()
         found = [
             launch._replace(low_splits=way)
             for launch in found
-            for way in beside + (ahead if launch.tma else (few, 2 * few))
+            for way in (*beside, *(sorted(ahead) if launch.tma else (few, 2 * few)))
         ]
     return [str(launch) for launch in found]
 
@@ -270,12 +271,16 @@ def _why_no_compiler() -> str | None:
 def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int | str]:
     """What ``decode.cu`` is compiled with."""
     names = ("NT", "MT", "WM", "WK", "STAGES")
-    return dict(zip(names, launch, strict=False)) | _operands(launch.token_tiles) | {
-        "BF16": int(dtype == torch.bfloat16),
-        "GROUPED": int(launch.grouped),
-        "TMA": int(launch.tma),
-        "ADAPTED": int(launch.tma and launch.low_splits > 0),
-    }
+    return (
+        dict(zip(names, launch, strict=False))
+        | _operands(launch.token_tiles)
+        | {
+            "BF16": int(dtype == torch.bfloat16),
+            "GROUPED": int(launch.grouped),
+            "TMA": int(launch.tma),
+            "ADAPTED": int(launch.tma and launch.low_splits > 0),
+        }
+    )
 
 
 def _operands(token_tiles: int) -> dict[str, str]:
