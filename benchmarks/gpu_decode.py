@@ -4,14 +4,16 @@
     python benchmarks/gpu_decode.py --rank 0.015625        # with an adapter of that share of d_in
     python benchmarks/gpu_decode.py --apart                # not one right after the other
     python benchmarks/gpu_decode.py --cuts --every all.csv # cuts that do not compete otherwise, too
+    python benchmarks/gpu_decode.py --once dense,16.1.8.1.4t/2 --shapes 4096x4096 --tokens 256
 
 Each contender is one CUDA graph over as many layers as do not fit into the L2 cache, so that
 weights come from memory as in a model. With ``--apart`` a small kernel, in all times, keeps
 a product from beginning while the one before ends. Contenders take turns; a line has medians and
 the 10th to 90th percentile of each speed-up, and the name of the launch that was chosen for
 ``mma``. With ``--cuts`` every cut is checked, timed once, and the best few take turns with the
-others; they are named by token_tiles, row_tiles, row_warps, column_warps, stages, g for wgmma or t
-for wgmma with TMA / splits, and with an adapter / low splits.
+others. With ``--once`` launches are made a single time, untimed, for a profiler. Launches are named
+by token_tiles, row_tiles, row_warps, column_warps, stages, g for wgmma or t for wgmma with TMA /
+splits, and with an adapter / low splits.
 """
 
 from __future__ import annotations
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--cuts", action="store_true", help="time other cuts of mma too")
     parser.add_argument("--named", default="", help="of them, those with this in their names")
     parser.add_argument("--every", type=Path, help="file for the time of every cut")
+    parser.add_argument("--once", help="launches, comma separated, or dense: for a profiler")
     parser.add_argument("--seconds", type=float, help="begin no case after this time")
     options = parser.parse_args()
     if (options.named or options.every) and not options.cuts:
@@ -127,12 +130,32 @@ def main() -> None:
     for shape in shapes:
         out_features, in_features = map(int, shape.split("x"))
         for t in tokens:
+            if options.once:
+                make_once(out_features, in_features, t, options.once.split(","))
+                continue
             if deadline.passed:
                 print(f"{shape}, {t} tokens: no time left")
                 continue
             rank = round(options.rank * in_features)
             line = measure(out_features, in_features, t, rank, options)
             print(f"{shape}, {t} tokens: {line}", flush=True)
+
+
+@torch.no_grad()
+def make_once(out_features: int, in_features: int, tokens: int, names: Sequence[str]) -> None:
+    """A product by each launch, or dense."""
+    settings = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
+    layer = SlopeLinear(in_features, out_features, bias=False, **settings)
+    dense, x = layer.to_dense(), torch.randn(tokens, in_features, **settings)
+    for name in names:
+        torch.cuda.synchronize()
+        print(f"{out_features}x{in_features}, {tokens} tokens: {name}", flush=True)
+        if name == "dense":
+            torch.nn.functional.linear(x, dense)
+        else:
+            given = x, layer.values, layer.metadata, None, None, None, 1.0
+            decode_mma(*given, MmaLaunch.parse(name))
+        torch.cuda.synchronize()
 
 
 def compile_all(tokens: Sequence[int], named: str, adapted: bool) -> None:
