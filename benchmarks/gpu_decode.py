@@ -31,7 +31,7 @@ from torch import Tensor
 
 from slope.backends import decoding_mma, ops
 from slope.backends.decoding import MAX_TOKENS
-from slope.backends.decoding_mma import MmaLaunch, decode_mma
+from slope.backends.decoding_mma import MmaLaunch, decode_mma, why_no_mma
 from slope.backends.tuning import bucket
 from slope.bench.timing import Call, Clock, Deadline, Effort, Spread, interleave
 from slope.linear import SlopeLinear
@@ -97,7 +97,7 @@ BY_TMA = {
         (1, 4, 3, 3), (2, 4, 2, 4),
     ),
 }  # fmt: skip
-PARTS = 11  # among which the tokens are shared at most
+PARTS = 11  # among which the tokens of narrow tiles are shared at most
 LOW_SPLITS = (0, 2, 4, 8, 16)
 
 
@@ -117,6 +117,8 @@ def main() -> None:
     options = parser.parse_args()
     if (options.named or options.every) and not options.cuts:
         parser.error("--named and --every are about other cuts; add --cuts")
+    if options.once and (options.cuts or options.rank):
+        parser.error("--once is without an adapter and times nothing; leave --rank and --cuts out")
     shapes = options.shapes.split(",")
     for shape in shapes:
         if not re.fullmatch(r"\d+x\d+", shape):
@@ -183,7 +185,7 @@ def cuts_of(tokens: int, named: str) -> list[MmaLaunch]:
         for tiles in (least,) if tokens <= MAX_TOKENS else (8, 16):
             cuts += [MmaLaunch(tiles, *cut, grouped=True) for cut in GROUPED[tiles]]
         for tiles, ways in BY_TMA.items():
-            if tiles <= least and tokens <= 8 * PARTS * tiles:
+            if tiles <= least and (tiles >= 8 or tokens <= 8 * PARTS * tiles):
                 cuts += [MmaLaunch(tiles, *cut, grouped=True, tma=True) for cut in ways]
     memory = decoding_mma._shared_memory(0)
     return [cut for cut in cuts if cut.shared <= memory and named in str(cut)]
@@ -245,7 +247,9 @@ def measure(
     clock = Clock(settings["device"])
     calls = {"dense": all_layers(by_dense)}
     for path in options.paths.split(","):
-        if path != "triton" or tokens <= MAX_TOKENS:
+        case = bucket(tokens), out_features, in_features, settings["dtype"], settings["dtype"], 0
+        too_many = tokens > MAX_TOKENS if path == "triton" else path == "mma" and why_no_mma(*case)
+        if not too_many:
             calls[path] = all_layers(functools.partial(by_path, path))
     if options.cuts:
         expected = by_dense(0).float()

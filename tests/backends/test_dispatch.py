@@ -274,7 +274,7 @@ def test_while_a_graph_is_captured_nothing_is_measured_or_kept(gpu):
     assert run(product())[0] == "cusparselt"
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 6}', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 7}', b"\xff\xfe"])
 def test_a_damaged_file_is_measured_again(tmp_path, damage, caplog):
     choose(tuner_of(tmp_path))
     (file,) = tmp_path.iterdir()

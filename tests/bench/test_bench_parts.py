@@ -202,6 +202,7 @@ def test_the_script_for_a_device_runs_all_within_its_budget(tmp_path):
     ("options", "said"),
     [
         (["--named", "t"], "--named and --every are about other cuts; add --cuts"),
+        (["--once", "dense", "--rank", "0.1"], "--once is without an adapter and times nothing"),
         (["--shapes", "768x768,4096"], "--shapes has 4096; type d_out x d_in, as 4096x14336"),
         ([], "it times kernels of an NVIDIA GPU, and torch finds none"),
     ],

@@ -145,7 +145,7 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
         exact = layer.to_dense().double()
         down = torch.randn(rank, inputs, device="cuda", dtype=torch.bfloat16) if rank else None
         up = torch.randn(320, rank, device="cuda", dtype=torch.bfloat16) if rank else None
-        for most in (8, 16, 32, 64, 210):
+        for most in (8, 16, 32, 64, 128, 210):
             x = torch.randn(most - most // 3, inputs, device="cuda", dtype=torch.bfloat16)
             expected = x.double() @ exact.t() + layer.bias.double()
             if rank:
@@ -167,7 +167,8 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
     "name",
     ["2.1.8.1.5t/1", "2.1.4.2.4t/3", "4.1.4.1.6t/3", "4.1.12.1.5t/1", "8.1.8.1.6t/2",
      "8.1.4.2.8t/5", "8.2.8.1.4t/8", "16.1.8.1.4t/1", "16.1.4.2.4t/2", "16.1.4.3.3t/2",
-     "16.1.12.1.3t/1", "16.2.8.1.3t/3", "11.1.4.2.6t/2", "3.1.4.4.8t/1", "1.1.4.2.2t/1"],
+     "16.1.12.1.3t/1", "16.2.8.1.3t/3", "11.1.4.2.6t/2", "3.1.4.4.8t/1", "1.1.4.2.2t/1",
+     "16.1.4.1.5t/2"],
 )  # fmt: skip
 def test_cuts_whose_tiles_are_copied_by_tma(name, rank, dtype):
     launch = decoding_mma.MmaLaunch.parse(name)._replace(low_splits=3 if rank else 0)
@@ -198,6 +199,8 @@ def test_a_chain_of_decode_kernels_equals_one_at_a_time(tokens, rank):
     first = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
     named = decoding_mma.launches(tokens, 2048, 2048, rank, 0)
     found = [decoding_mma.MmaLaunch.parse(name) for name in named]
+    by_threads = (cut for cut in decoding_mma.cuts_for(tokens, 0) if not cut.tma)
+    found += [cut._replace(splits=2, low_splits=2 if rank else 0) for cut in by_threads]
     adapter = None, None, 1.0
     if rank:
         down, up = (torch.randn(*size, device="cuda") for size in ((rank, 2048), (2048, rank)))

@@ -18,7 +18,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-VERSION = 6
+VERSION = 7
 
 
 def default_folder() -> Path:

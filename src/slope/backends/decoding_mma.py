@@ -126,9 +126,10 @@ _GROUPED = {
     1024: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 8.1.4.2.4t 8.1.4.2.8t 11.1.4.2.6t 16.1.4.2.4t "
     "16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
 }
-# Tokens; from there on these were the faster ones at every shape.
+# Tokens. From there on wgmma was the faster one at every shape; with TMA, where I is divisible by
+# 128, at all but 768 x 768 with 32 tokens.
 _GROUPED_ALONE_FROM = 33
-_TMA_ALONE_FROM = 17  # where it can be used
+_TMA_ALONE_FROM = 17
 
 
 # ``struct Arguments`` of the source; with TMA four ``CUtensorMap`` come first.
@@ -181,7 +182,8 @@ def launches(tokens: int, out_features: int, in_features: int, rank: int, device
     if rank:
         few = max(2, in_features // _LOW_COLUMNS)
         beside = () if tokens <= MAX_TOKENS else (0,)
-        ahead = {2, min(LARGEST_CLUSTER, in_features // 128)} if rank % _TMA_RANK == 0 else set()
+        steps = in_features // 128
+        ahead = {min(2, steps), min(LARGEST_CLUSTER, steps)} if rank % _TMA_RANK == 0 else set()
         found = [
             launch._replace(low_splits=way)
             for launch in found
