@@ -198,7 +198,7 @@ def candidates(
     for launch in decoding_mma.split(cuts_of(tokens, named), tokens, out_features, in_features):
         ways = LOW_SPLITS if rank else (0,)
         if launch.tma:
-            ways = ways[: 1 if rank % 8 else 4]
+            ways = ways[: 1 if rank % decoding_mma._TMA_RANK else 4]
         for low in ways:
             yield launch._replace(low_splits=low)
 
@@ -246,10 +246,13 @@ def measure(
 
     clock = Clock(settings["device"])
     calls = {"dense": all_layers(by_dense)}
+    dtypes = (torch.bfloat16,) * 2
+    unserved = {
+        "triton": tokens > MAX_TOKENS,
+        "mma": why_no_mma(bucket(tokens), out_features, in_features, *dtypes, 0) is not None,
+    }
     for path in options.paths.split(","):
-        case = bucket(tokens), out_features, in_features, settings["dtype"], settings["dtype"], 0
-        too_many = tokens > MAX_TOKENS if path == "triton" else path == "mma" and why_no_mma(*case)
-        if not too_many:
+        if not unserved.get(path):
             calls[path] = all_layers(functools.partial(by_path, path))
     if options.cuts:
         expected = by_dense(0).float()

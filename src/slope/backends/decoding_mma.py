@@ -27,9 +27,7 @@ LARGEST_CLUSTER = 8  # blocks; more are not portable
 _MOST_BLOCKS = 1300  # of a grid that is split: ten for each multiprocessor of an H200
 _MULTIPLE = 64  # of I: a copy moves 8 bytes of metadata
 _TMA_MULTIPLE = 128  # of I: with TMA 16
-_TMA_RANK = (
-    8  # what a rank is to be a multiple of: rows of up and X downᵀ are multiples of 16 bytes
-)
+_TMA_RANK = 8  # a rank's multiple: TMA wants rows of up and X downᵀ of 16 bytes each
 _SCALES = (2.0**-60, 2.0**60)  # by which sums of W^R may be divided
 
 
