@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import re
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from machine_code import instructions_of, stack_of, touching_sums_in_flight
 
 from slope.backends import decoding, decoding_mma, nvrtc
 from slope.backends.decoding_mma import MmaLaunch, cuts_for, decode_mma, launches, why_no_mma
@@ -18,23 +17,6 @@ from slope.backends.tuning import bucket
 
 GPU = {"shared_memory_per_block_optin": 227 * 1024}  # of an H200, and of later ones
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-def libraries():
-    """NVRTC of the package nvidia-cuda-nvrtc, builtins first."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    found = [path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc*.so*")]
-    return sorted(found, key=lambda path: "builtins" not in path.name)
-
-
-@pytest.fixture
-def compiler(monkeypatch):
-    files = [path for path in libraries() if "alt" not in path.name]
-    if not files:
-        pytest.skip("nvidia-cuda-nvrtc is not installed")
-    loaded = [ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in files]
-    monkeypatch.setattr(nvrtc, "_compiler", lambda: loaded[-1])
 
 
 @pytest.fixture
@@ -56,28 +38,6 @@ def with_cuda(monkeypatch):
 @pytest.fixture
 def hopper(with_cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-
-
-def told_of(path, tool, *options):
-    """What a tool of NVIDIA's says of machine code."""
-    triton = pytest.importorskip("triton", reason="its package has the disassembler")
-    command = Path(triton.__file__).parent / "backends/nvidia/bin" / tool, *options, path
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def touching_sums_in_flight(instructions):
-    """What reads or writes registers that a wgmma still adds to; ptxas may add moves."""
-    in_flight, found = set(), []
-    for text in instructions:
-        named = {int(number) for number in re.findall(r"\bR(\d+)\b", text)}
-        if product := re.search(r"HGMMA\S*64x(\d+)x\d+\S* R(\d+),", text):
-            tokens, first = map(int, product.groups())
-            in_flight |= set(range(first, first + tokens // 2))
-        elif "WARPGROUP.DEPBAR" in text:
-            in_flight = set()
-        elif named & in_flight:
-            found.append(text)
-    return found
 
 
 def test_what_touches_sums_in_flight_is_found():
@@ -109,10 +69,9 @@ def test_every_cut_compiles(compiler, tmp_path, architecture, table):
         path = tmp_path / "kernel.cubin"
         path.write_bytes(code)
         # Without TMA ptxas may spill what is used before and behind the loop, for more warps.
-        stack = re.search(r"STACK:(\d+)", told_of(path, "cuobjdump", "-res-usage"))[1]
-        assert int(stack) <= (0 if cut.tma else 16), cut
+        assert stack_of(path) <= (0 if cut.tma else 16), cut
         if cut.grouped:
-            lines = re.findall(r"/\*[0-9a-f]+\*/\s+(.*?) ;", told_of(path, "nvdisasm", "-c"))
+            lines = instructions_of(path)
             assert any("HGMMA.SP" in line for line in lines), cut
             assert not touching_sums_in_flight(lines), cut
 

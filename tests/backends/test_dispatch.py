@@ -11,7 +11,7 @@ import torch
 
 import slope
 from slope.backends import DenseBackend, dispatch, get_backend, ops, tuning
-from slope.backends.choices import ChoiceStore
+from slope.backends.choices import VERSION, ChoiceStore
 from slope.backends.support import why_no_kernels, why_not_sparse_kernels
 from slope.backends.tuning import ProductKey, Tuner, bucket
 
@@ -274,7 +274,7 @@ def test_while_a_graph_is_captured_nothing_is_measured_or_kept(gpu):
     assert run(product())[0] == "cusparselt"
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": 7}', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"version": %d}' % VERSION, b"\xff\xfe"])
 def test_a_damaged_file_is_measured_again(tmp_path, damage, caplog):
     choose(tuner_of(tmp_path))
     (file,) = tmp_path.iterdir()

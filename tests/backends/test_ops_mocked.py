@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,7 @@ def fake(tmp_path, monkeypatch):
         "why_no_cusparselt": lambda device, dtype: None,
         "why_no_decode": lambda tokens, in_features: "not here",
         "why_no_mma": lambda *_: "not here",
+        "why_no_update": lambda out_features, rank, device: "not here",
     }.items():  # fmt: skip
         monkeypatch.setattr(ops, name, value)
     library.products = products
@@ -129,6 +131,48 @@ def test_the_compiled_kernel_adds_the_adapter_if_it_splits_it(fake, monkeypatch,
         expected = 0.5 * (x @ down.t()) @ up.t()
     torch.testing.assert_close(y, expected.to(y.dtype), rtol=2e-2, atol=5e-2)
     assert calls == [(name, rank if low else None) for name in (*offered, offered[0])]
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_behind_cusparselt_the_faster_of_the_kernel_and_cublas_adds_an_adapter(
+    fake, monkeypatch, tmp_path, faster
+):
+    updates = []
+
+    def update(y, z, up, scale):
+        updates.append(tuple(z.shape))
+        return y.addmm_(z, up.t(), alpha=scale)
+
+    def timer(calls, _):
+        return {name: 1.0 + (getattr(name, "updates", False) != faster) for name in calls}
+
+    tuner = Tuner(ChoiceStore(tmp_path), {}, timer)
+    monkeypatch.setattr(ops, "tuner", lambda: tuner)
+    monkeypatch.setattr(ops, "rank_update", update)
+    monkeypatch.setattr(ops, "why_no_update", lambda outputs, rank, device: None)
+    _, given = operands(tokens=100, rank=8)
+    with torch.no_grad():
+        expected = torch.ops.slope.sparse_linear(*given)  # measured once: a call by each
+        assert updates == [(100, 8)] * (2 if faster else 1)
+        (file,) = tmp_path.glob("*.json")
+        kept = json.loads(file.read_text())["choice"]["algorithms"]["cusparselt"]
+        assert kept[1] is faster
+        ops._chosen().clear()  # another process reads the choice
+        monkeypatch.setattr(ops, "tuner", lambda: Tuner(ChoiceStore(tmp_path), {}, None))
+        assert torch.equal(torch.ops.slope.sparse_linear(*given), expected)
+    assert len(updates) == (3 if faster else 1)
+
+
+def test_a_layer_without_an_adapter_or_where_the_kernel_cannot_serve_has_one_way(fake, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "why_no_update", lambda *case: asked.append(case) or "not here")
+    for rank in (0, 8):
+        _, given = operands(tokens=100, rank=rank)
+        with torch.no_grad():
+            ops.sparse_linear(*given)
+    assert asked == [(64, 8, None)]
+    for choice in ops._chosen().values():
+        assert choice.algorithms["cusparselt"].updates is False
 
 
 def test_the_device_of_the_operands_is_the_current_one_in_every_launch(fake, monkeypatch):

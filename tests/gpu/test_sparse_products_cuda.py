@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import slope
-from slope.backends import decoding_mma, why_not_sparse_kernels
+from slope.backends import decoding_mma, ops, rank_update, why_not_sparse_kernels
+from slope.backends.ops import CusparseltWay
 
 NO_KERNELS = why_not_sparse_kernels("2:4", "cuda")
 
@@ -110,6 +111,67 @@ def test_inference_with_an_adapter(tokens, rank):
             term = x.double() @ layer.adapter.down.double().t() @ layer.adapter.up.double().t()
             expected += layer.adapter.scale * term
     assert error(y, expected) < 1e-2
+
+
+@pytest.mark.skipif(
+    NO_KERNELS is None and rank_update.why_no_update(64, 64, 0) is not None,
+    reason="needs the kernel that updates by a rank",
+)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "rank"),
+    [
+        (1, 8, 8), (63, 136, 8), (64, 128, 64), (65, 264, 72), (1000, 1024, 144), (257, 4096, 224),
+        (4100, 768, 256), (3, 14336, 64), (16384, 4096, 64), (9000, 9216, 144),
+    ],
+)  # fmt: skip
+def test_an_update_by_a_rank(tokens, outputs, rank, dtype):
+    settings = {"device": "cuda", "dtype": dtype}
+    x, weight = torch.randn(tokens, 64, **settings), torch.randn(outputs, 64, **settings)
+    z, up = torch.randn(tokens, rank, **settings), torch.randn(outputs, rank, **settings)
+
+    def updated():
+        # Right behind a kernel that still writes Y, and ahead of one that reads it.
+        return rank_update.rank_update(x @ weight.t(), z, up, -0.75) * 1.0
+
+    expected = (x @ weight.t()).float() - 0.75 * (z.double() @ up.double().t()).float()
+    eager = updated()
+    assert error(eager, expected) < ROUNDING[dtype] / 2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        several = [updated() for _ in range(4)]
+    for _ in range(3):
+        graph.replay()
+    assert all(torch.equal(each, eager) for each in several)
+
+
+@pytest.mark.parametrize("updates", [False, True])
+@pytest.mark.parametrize("tokens", [100, 1000, 3000])
+def test_both_ways_to_add_an_adapter_behind_cusparselt(tokens, updates, monkeypatch):
+    if updates and rank_update.why_no_update(768, 48, 0):
+        pytest.skip("this GPU has no kernel that updates by a rank")
+    layer = a_layer((768, 512), values_dtype=torch.bfloat16, backend="cusparselt")
+    layer.add_adapter(48, scale=0.5)
+    with torch.no_grad():
+        layer.adapter.up.normal_()
+    slope.activate_adapters(layer)
+    calls = []
+
+    def way(given):
+        return CusparseltWay(given[0], updates)
+
+    monkeypatch.setattr(ops, "CusparseltWay", lambda *given: way(given or (None,)))
+    monkeypatch.setattr(
+        ops, "rank_update", lambda *a: calls.append(a) or rank_update.rank_update(*a)
+    )
+    x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = layer(x)
+        low = (x.double() @ layer.adapter.down.double().t()).bfloat16().double()
+        expected = x.double() @ layer.to_dense().double().t() + layer.bias.double()
+        expected += 0.5 * low @ layer.adapter.up.double().t()
+    assert error(y, expected) < ROUNDING[torch.bfloat16]
+    assert bool(calls) is updates
 
 
 @pytest.mark.parametrize("backend", ["mma", "triton"])

@@ -18,7 +18,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-VERSION = 7
+VERSION = 8
 
 
 def default_folder() -> Path:
