@@ -113,7 +113,7 @@ def test_cuts(with_cuda, monkeypatch, memory):
 
 
 def test_cuts_with_wgmma(hopper):
-    for tokens in (1, 8, 9, 16, 17, 32, 33, 64, 65, 1024):
+    for tokens in (1, 8, 9, 16, 17, 32, 33, 64, 65, 1024, 4096):
         cuts = cuts_for(tokens, 0)
         assert cuts and all(cut.shared <= 227 * 1024 and cut.threads <= 1024 for cut in cuts)
         kinds = {cut.grouped for cut in cuts}
@@ -128,7 +128,7 @@ def test_cuts_with_wgmma(hopper):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_launches(hopper, shape):
-    for tokens in (1, 16, 17, 32, 64, 1024):
+    for tokens in (1, 16, 17, 32, 64, 1024, 4096):
         found = [MmaLaunch.parse(name) for name in launches(tokens, *shape, 0, 0)]
         served = set(cuts_for(tokens, 0))
         if shape[1] % 128:
@@ -180,8 +180,20 @@ def refusal(tokens=1, shape=(64, 128), dtype=BF16, values=BF16):
 
 
 def test_refusals_with_wgmma(hopper):
-    assert refusal(65) is refusal(1024) is None
-    assert refusal(2048) == "2048 tokens, the decode kernel takes up to 1024"
+    assert refusal(65) is refusal(1024) is refusal(4096) is None
+    assert refusal(8192) == "8192 tokens, the decode kernel takes up to 4096"
+    for tokens, outputs in ((1024, 50304), (2048, 2048), (4096, 1024)):
+        assert refusal(tokens, (outputs, 128)) is None
+        wider = refusal(max(tokens, 2048), (outputs + 64, 128))
+        most = max(1024, 4 * 2**20 // (outputs + 64))
+        said = f"tokens, the decode kernel takes up to {most} of {outputs + 64} outputs"
+        assert wider == f"{max(tokens, 2048)} {said}"
+
+
+def test_registers_that_copying_warps_hand_over_are_enough(compiler):
+    cut = MmaLaunch.parse("24.1.12.1.3t")  # 384 threads of 232 registers are more than there are
+    with pytest.raises(nvrtc.NvrtcError, match="would wait for ever"):
+        nvrtc.compile_source("decode.cu", decoding_mma.constants(cut, BF16), "sm_90a")
 
 
 def test_refusals(with_cuda, monkeypatch):

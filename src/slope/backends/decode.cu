@@ -39,6 +39,7 @@ constexpr int GROUPS = TOKENS * ROWS / 4;
 // third group of four then copies with few, and hands the others over.
 constexpr bool HANDS_OVER = TMA && MT * NT > 16;
 constexpr int COPYING = TMA ? (HANDS_OVER ? 128 : 32) : 0;  // threads
+static_assert(!HANDS_OVER || THREADS <= 256, "more cannot have 232 registers, and would wait for ever");
 constexpr int FLIGHT = 4;  // groups of sums that a thread asks another block for at once
 constexpr int SUMS_BYTES = 4 * WK * TOKENS * SUM_STRIDE;
 constexpr int BARRIERS = STAGES * STAGE > SUMS_BYTES ? STAGES * STAGE : SUMS_BYTES;  // begin there

@@ -1,8 +1,8 @@
 """Y for few tokens on the sparse tensor cores: ``decode.cu``, compiled when it is first needed.
 
 Up to 64 tokens it replaces the kernel of :mod:`.decoding`, which expands the weight and keeps half
-of the tensor cores' time for zeros. Where there is wgmma it serves up to 1024 tokens: cuSPARSELt's
-kernels are made for more. T tokens, I = d_in, O = d_out, R rank.
+of the tensor cores' time for zeros. Where there is wgmma it serves up to 1024 tokens, small layers up
+to 4096: cuSPARSELt's kernels are made for more. T tokens, I = d_in, O = d_out, R rank.
 """
 
 from __future__ import annotations
@@ -121,13 +121,16 @@ _GROUPED = {
     "8.1.8.2.6t 8.1.12.1.5t",
     128: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 2.1.4.2.8t 8.1.4.2.8t 16.1.4.1.5t 16.1.4.2.4t "
     "16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
-    1024: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 8.1.4.2.4t 8.1.4.2.8t 11.1.4.2.6t 16.1.4.2.4t "
-    "16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
+    1024: "8.1.4.2.4g 8.1.8.2.3g 16.1.8.1.4g 8.1.4.2.4t 8.1.4.2.8t 8.1.12.1.5t 11.1.4.2.6t "
+    "11.1.8.2.4t 16.1.4.2.4t 16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
+    4096: "8.1.8.2.3g 16.1.8.1.4g 8.1.12.1.5t 16.1.4.2.4t 16.1.8.1.4t 16.1.12.1.3t 16.2.8.1.3t",
 }
 # Tokens. From there on wgmma was the faster one at every shape; with TMA, where I is divisible by
 # 128, at all but 768 x 768 with 32 tokens.
 _GROUPED_ALONE_FROM = 33
 _TMA_ALONE_FROM = 17
+# Beyond so many tokens it competes for a small Y alone: cuSPARSELt was faster at all that are larger.
+_MANY_TOKENS, _MOST_RESULTS = 1024, 1 << 22
 
 
 # ``struct Arguments`` of the source; with TMA four ``CUtensorMap`` come first.
@@ -247,6 +250,9 @@ def why_no_mma(
     most = max(_GROUPED if _has_wgmma(device) else _CUTS)
     if tokens > most:
         return f"{tokens} tokens, the decode kernel takes up to {most}"
+    if tokens > _MANY_TOKENS and tokens * out_features > _MOST_RESULTS:
+        few = max(_MANY_TOKENS, _MOST_RESULTS // out_features)
+        return f"{tokens} tokens, the decode kernel takes up to {few} of {out_features} outputs"
     if in_features % _MULTIPLE:
         return f"in_features={in_features} is not divisible by {_MULTIPLE}"
     if out_features % 4:

@@ -187,23 +187,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1)
     }
     const int group = warp / 4, row = warp % 4 * 16 + lane / 4;
     const bool speaks = threadIdx.x % 128 == 0;
-    auto begin_product = [&](float (&sums)[32], int number) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) sums[i] = 0;
+    wait_for(up_full, 0);
+    for (int number = 0; number < count; ++number) {
+        float sums[32] = {};
         z.wait_full(number);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int k = 0; k < 4 * CHUNKS; ++k)
             multiply(sums, descriptor(z.tile(number) + k / 4 * COLUMN + k % 4 * 32),
                      descriptor(up + k / 4 * (128 * OUTPUTS) + group * (128 * 64) + k % 4 * 32));
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    };
-    // The next tile's product is on its way while this one's is added.
-    auto add = [&](const float (&sums)[32], float (&next)[32], int number) {
-        if (number >= count) return;
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (lane == 0) z.leave(number);
-        if (number + 1 < count) begin_product(next, number + 1);
         y.wait_full(number);
         const u32 tile = y.tile(number) + group * COLUMN;
 #pragma unroll
@@ -214,19 +208,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1)
         }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-        if (!speaks) return;
+        if (!speaks) continue;
         return_box(arg.y_map, output + 64 * group, token + number * TOKENS, tile);
         asm volatile("cp.async.bulk.commit_group;");
         // The tile before went back meanwhile, and its place may be filled again.
         asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
         if (number) y.leave(number - 1);
-    };
-    float even[32], odd[32];
-    wait_for(up_full, 0);
-    begin_product(even, 0);
-    for (int number = 0; number < count; number += 2) {
-        add(even, odd, number);
-        add(odd, even, number + 1);
     }
     if (speaks) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
