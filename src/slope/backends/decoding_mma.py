@@ -1,8 +1,8 @@
 """Y for few tokens on the sparse tensor cores: ``decode.cu``, compiled when it is first needed.
 
 Up to 64 tokens it replaces the kernel of :mod:`.decoding`, which expands the weight and keeps half
-of the tensor cores' time for zeros. Where there is wgmma it serves up to 1024 tokens, small layers up
-to 4096: cuSPARSELt's kernels are made for more. T tokens, I = d_in, O = d_out, R rank.
+of the tensor cores' time for zeros. Where there is wgmma it serves up to 1024 tokens, small layers
+up to 4096: cuSPARSELt's kernels are made for more. T tokens, I = d_in, O = d_out, R rank.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ _GROUPED = {
 # 128, at all but 768 x 768 with 32 tokens.
 _GROUPED_ALONE_FROM = 33
 _TMA_ALONE_FROM = 17
-# Beyond so many tokens it competes for a small Y alone: cuSPARSELt was faster at all that are larger.
+# Beyond so many tokens it competes for a small Y alone: cuSPARSELt was faster at all larger ones.
 _MANY_TOKENS, _MOST_RESULTS = 1024, 1 << 22
 
 
