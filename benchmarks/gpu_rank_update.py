@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slope.backends import ops
-from slope.backends.cusparselt.plans import products
+from slope.backends.cusparselt.plans import TOKEN_MULTIPLE, products
 from slope.backends.rank_update import rank_update, why_no_update
 from slope.bench.timing import Clock, Deadline, Effort, Spread, interleave
 from slope.linear import SlopeLinear
@@ -59,7 +59,10 @@ def measure(out_features: int, in_features: int, tokens: int, rank: int) -> str:
     down = torch.randn(rank, in_features, **settings) / in_features**0.5
     up = torch.randn(out_features, rank, **settings)
     z, y = x @ down.t(), torch.zeros(tokens, out_features, **settings)
-    algorithm = products().search(packed, x, None, out_features)
+    if packed is None:
+        return "cuSPARSELt cannot serve it"
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -tokens % TOKEN_MULTIPLE))
+    algorithm = products().search(packed, padded, None, out_features)
     updates: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "cuBLAS": lambda y, z: y.addmm_(z, up.t())
     }

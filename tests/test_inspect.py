@@ -302,7 +302,7 @@ def test_paths_of_a_gpu_are_those_that_were_chosen(monkeypatch):
     from slope.backends.tuning import Choice
 
     chosen = {
-        "forward": Choice("cusparselt", 3, {"cusparselt": 10.0, "dense": 12.5}),
+        "forward": Choice("cusparselt", {"cusparselt": "3"}, {"cusparselt": 10.0, "dense": 12.5}),
         "input_gradient": Choice("dense", refused={"cusparselt": "no tiles"}),
     }
     monkeypatch.setattr(paths, "why_no_kernels", lambda *_: None)
@@ -312,7 +312,7 @@ def test_paths_of_a_gpu_are_those_that_were_chosen(monkeypatch):
     first, *_ = paths.explain(report.layers, 16)
     assert (first.forward, first.input_gradient) == ("cusparselt", "dense")
     assert first.reason == (
-        "forward: cusparselt 10.0 µs, dense 12.5 µs; input gradient: cusparselt: no tiles"
+        "forward: cusparselt (3) 10.0 µs, dense 12.5 µs; input gradient: cusparselt: no tiles"
     )
 
 

@@ -48,7 +48,7 @@ def test_the_fastest_wins_and_is_measured_once(tmp_path):
         choice = choose(tuner)
         assert (choice.path, choice.algorithms) == ("cusparselt", {"cusparselt": 7})
     assert len(calls) == 1
-    assert choice.reason() == "cusparselt 10.0 µs, dense 20.0 µs"
+    assert choice.reason() == "cusparselt (7) 10.0 µs, dense 20.0 µs"
 
 
 def test_where_a_decode_kernel_competes_the_kernels_alone_are_timed(tmp_path):

@@ -15,6 +15,8 @@ from slope.backends.choices import ChoiceStore
 from slope.backends.cusparselt import layout
 from slope.backends.cusparselt.binding import Library
 from slope.backends.cusparselt.plans import Products
+from slope.backends.nvrtc import NvrtcError
+from slope.backends.ops import CusparseltWay
 from slope.backends.tuning import Tuner
 from slope.compressed import compress, decompress, unpack_bits
 
@@ -55,7 +57,7 @@ def fake(tmp_path, monkeypatch):
         "why_no_cusparselt": lambda device, dtype: None,
         "why_no_decode": lambda tokens, in_features: "not here",
         "why_no_mma": lambda *_: "not here",
-        "why_no_update": lambda out_features, rank, device: "not here",
+        "_updates": lambda out_features, rank, device: False,
     }.items():  # fmt: skip
         monkeypatch.setattr(ops, name, value)
     library.products = products
@@ -144,35 +146,57 @@ def test_behind_cusparselt_the_faster_of_the_kernel_and_cublas_adds_an_adapter(
         return y.addmm_(z, up.t(), alpha=scale)
 
     def timer(calls, _):
-        return {name: 1.0 + (getattr(name, "updates", False) != faster) for name in calls}
+        return {name: 1.0 + (name.endswith("+update") != faster) for name in calls}
 
     tuner = Tuner(ChoiceStore(tmp_path), {}, timer)
     monkeypatch.setattr(ops, "tuner", lambda: tuner)
     monkeypatch.setattr(ops, "rank_update", update)
-    monkeypatch.setattr(ops, "why_no_update", lambda outputs, rank, device: None)
+    monkeypatch.setattr(ops, "_updates", lambda outputs, rank, device: True)
     _, given = operands(tokens=100, rank=8)
     with torch.no_grad():
         expected = torch.ops.slope.sparse_linear(*given)  # measured once: a call by each
         assert updates == [(100, 8)] * (2 if faster else 1)
         (file,) = tmp_path.glob("*.json")
         kept = json.loads(file.read_text())["choice"]["algorithms"]["cusparselt"]
-        assert kept[1] is faster
+        assert CusparseltWay.parse(kept).updates is faster
         ops._chosen().clear()  # another process reads the choice
         monkeypatch.setattr(ops, "tuner", lambda: Tuner(ChoiceStore(tmp_path), {}, None))
         assert torch.equal(torch.ops.slope.sparse_linear(*given), expected)
-    assert len(updates) == (3 if faster else 1)
+        assert len(updates) == (3 if faster else 1)
+        # A GPU that shares the choices and has no such kernel.
+        monkeypatch.setattr(ops, "_updates", lambda outputs, rank, device: False)
+        assert torch.equal(torch.ops.slope.sparse_linear(*given), expected)
+        assert len(updates) == (3 if faster else 1)
+
+
+def test_a_kernel_that_cannot_be_compiled_leaves_the_adapter_to_cublas(fake, monkeypatch):
+    def update(y, z, up, scale):
+        raise NvrtcError("NVRTC cannot compile rank_update.cu")
+
+    monkeypatch.setattr(ops, "rank_update", update)
+    monkeypatch.setattr(ops, "_updates", lambda outputs, rank, device: True)
+    layer, given = operands(tokens=100, rank=8)
+    term = slope.backends.AdapterTerm(*given[6:8], 0.5)
+    with torch.no_grad():
+        y = torch.ops.slope.sparse_linear(*given)
+        expected = DenseBackend().forward(
+            given[0], layer.compressed_weight(), layer.bias, adapter=term
+        )
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=5e-2)
+    (choice,) = ops._chosen().values()
+    assert "+update" not in choice.algorithms["cusparselt"]
 
 
 def test_a_layer_without_an_adapter_or_where_the_kernel_cannot_serve_has_one_way(fake, monkeypatch):
     asked = []
-    monkeypatch.setattr(ops, "why_no_update", lambda *case: asked.append(case) or "not here")
+    monkeypatch.setattr(ops, "_updates", lambda *case: asked.append(case))
     for rank in (0, 8):
         _, given = operands(tokens=100, rank=rank)
         with torch.no_grad():
             ops.sparse_linear(*given)
     assert asked == [(64, 8, None)]
     for choice in ops._chosen().values():
-        assert choice.algorithms["cusparselt"].updates is False
+        assert "+update" not in choice.algorithms["cusparselt"]
 
 
 def test_the_device_of_the_operands_is_the_current_one_in_every_launch(fake, monkeypatch):

@@ -129,7 +129,7 @@ _GROUPED = {
 # 128, at all but 768 x 768 with 32 tokens.
 _GROUPED_ALONE_FROM = 33
 _TMA_ALONE_FROM = 17
-# Beyond so many tokens it competes for a small Y alone: cuSPARSELt was faster at all larger ones.
+# Beyond so many tokens it competes for a small Y alone: at larger ones it was no faster.
 _MANY_TOKENS, _MOST_RESULTS = 1024, 1 << 22
 
 
@@ -238,7 +238,7 @@ def why_no_mma(
     """Reason why :func:`decode_mma` cannot serve such a product on a GPU, or None.
 
     Args:
-        tokens: T.
+        tokens: T, or the bucket of T.
         out_features: O.
         in_features: I.
         dtype: of the product.
@@ -251,7 +251,9 @@ def why_no_mma(
     if tokens > most:
         return f"{tokens} tokens, the decode kernel takes up to {most}"
     if tokens > _MANY_TOKENS and tokens * out_features > _MOST_RESULTS:
-        few = max(_MANY_TOKENS, _MOST_RESULTS // out_features)
+        few = _MANY_TOKENS
+        while 2 * few * out_features <= _MOST_RESULTS:
+            few *= 2
         return f"{tokens} tokens, the decode kernel takes up to {few} of {out_features} outputs"
     if in_features % _MULTIPLE:
         return f"in_features={in_features} is not divisible by {_MULTIPLE}"

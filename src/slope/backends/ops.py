@@ -41,15 +41,34 @@ _R = TypeVar("_R")
 
 
 class CusparseltWay(NamedTuple):
-    """How cuSPARSELt does a product; what :mod:`.tuning` keeps as its algorithm.
+    """How cuSPARSELt does a product; :mod:`.tuning` keeps its name as the algorithm.
 
     Attributes:
         algorithm: the library's algorithm id, None for its default.
         updates: whether our own kernel adds an adapter behind it, else cuBLAS.
+
+    Example:
+        >>> str(CusparseltWay(17, updates=True))
+        '17+update'
+        >>> CusparseltWay.parse("default")
+        CusparseltWay(algorithm=None, updates=False)
     """
 
     algorithm: int | None = None
     updates: bool = False
+
+    def __str__(self) -> str:
+        """The name under which it is kept and reported."""
+        return (
+            f"{'default' if self.algorithm is None else self.algorithm}{'+update' * self.updates}"
+        )
+
+    @classmethod
+    @functools.cache
+    def parse(cls, name: str | None) -> CusparseltWay:
+        """The inverse of ``str``; None, where nothing was measured, is the default."""
+        number, _, update = (name or "default").partition("+")
+        return cls(None if number == "default" else int(number), bool(update))
 
 
 class Product(NamedTuple):
@@ -144,10 +163,11 @@ def sparse_linear_forward(
         z = x @ down.t()
         return rank_update(y, z, up, scale) if updates else y.addmm_(z, up.t(), alpha=scale)
 
-    def cusparselt(given: Sequence[Any] | None) -> Tensor:
-        way = CusparseltWay(*(given or ()))
+    def cusparselt(name: str | None) -> Tensor:
+        way = CusparseltWay.parse(name)
         y = _products().matmul(operand(), x, bias, out_features, way.algorithm)
-        return with_adapter(y, way.updates)
+        # A choice may be another GPU's, or older than what is missing here.
+        return with_adapter(y, way.updates and _updates(out_features, rank, x.device.index))
 
     def dense(_: None) -> Tensor:
         w_r = _kernels().expand(values, metadata, None, x.dtype)
@@ -162,10 +182,12 @@ def sparse_linear_forward(
             return decode_mma(x, values, metadata, bias, down, up, scale, launch)
         return with_adapter(decode_mma(x, values, metadata, bias, None, None, scale, launch))
 
-    def search() -> list[CusparseltWay]:
+    def search() -> list[str]:
         found = _products().search(operand(), _padded(x), bias, out_features)
-        beside = rank and why_no_update(out_features, rank, x.device.index) is None
-        return [CusparseltWay(found, way) for way in (False, *([True] if beside else []))]
+        both = rank > 0 and _updates(out_features, rank, x.device.index)
+        return [
+            str(CusparseltWay(found, updates)) for updates in ((False, True) if both else (False,))
+        ]
 
     def cuts() -> list[str]:
         return launches(bucket(x.shape[0]), out_features, in_features, rank, x.device.index)
@@ -206,15 +228,15 @@ def sparse_input_gradient_forward(
     def operand() -> Tensor:
         return _kernels().pack_columns(values, metadata, column_mask, dy.dtype)
 
-    def cusparselt(given: Sequence[Any] | None) -> Tensor:
-        way = CusparseltWay(*(given or ()))
-        return _products().matmul(operand(), dy, None, in_features, way.algorithm)
+    def cusparselt(name: str | None) -> Tensor:
+        algorithm = CusparseltWay.parse(name).algorithm
+        return _products().matmul(operand(), dy, None, in_features, algorithm)
 
     def dense(_: None) -> Tensor:
         return dy @ _kernels().expand(values, metadata, column_mask, dy.dtype)
 
-    def search() -> list[CusparseltWay]:
-        return [CusparseltWay(_products().search(operand(), _padded(dy), None, in_features))]
+    def search() -> list[str]:
+        return [str(CusparseltWay(_products().search(operand(), _padded(dy), None, in_features)))]
 
     product = Product(
         "input_gradient", out_features, in_features, dy.shape[0], dy.dtype, values.dtype,
@@ -356,6 +378,12 @@ def _why_not(path: str, product: Product) -> str | None:
 def _chosen() -> dict[Product, Choice]:
     """Choices by the exact product, so that a known one costs one look-up."""
     return {}
+
+
+@functools.cache
+def _updates(out_features: int, rank: int, device: int) -> bool:
+    """Whether the kernel that updates by a rank serves here."""
+    return why_no_update(out_features, rank, device) is None
 
 
 def _on_gpu(tensor: Tensor) -> bool:

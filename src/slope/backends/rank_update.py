@@ -1,7 +1,8 @@
 """``Y += scale * Z upᵀ`` in place, for a Y whose bytes decide: ``rank_update.cu``.
 
-What an adapter adds behind a product that cannot add it itself. cuBLAS takes up to twice the time
-that reading and writing Y takes; this kernel about that time. T tokens, O = d_out, R rank.
+What an adapter adds behind a product that cannot add it itself. With 16 384 tokens on an H200
+cuBLAS takes 1.1 to 2.0 times as long as reading and writing Y, this kernel 1.1 to 1.6 times. T
+tokens, O = d_out, R rank.
 """
 
 from __future__ import annotations
@@ -106,9 +107,9 @@ def rank_update(y: Tensor, z: Tensor, up: Tensor, scale: float) -> Tensor:
 
     Args:
         y: (T, O), bf16 or fp16, contiguous.
-        z: (T, R), dtype of ``y``, contiguous.
-        up: (O, R), dtype of ``y``, contiguous; one that begins at no multiple of 16 bytes is
-            copied, as ``z`` is.
+        z: (T, R), dtype of ``y``.
+        up: (O, R), dtype of ``y``; copied if it is not contiguous or begins at no multiple of 16
+            bytes, as ``z`` is.
         scale: factor.
 
     Returns:
@@ -125,7 +126,12 @@ def rank_update(y: Tensor, z: Tensor, up: Tensor, scale: float) -> Tensor:
     launch = UpdateLaunch.of(rank, gpu.shared_memory_per_block_optin)
     strips, tiles = -(-out_features // _OUTPUTS), -(-tokens // _TOKENS)
     share = _share(strips, tiles, gpu.multi_processor_count)
-    z, up = (each if each.data_ptr() % 16 == 0 else each.clone() for each in (z, up))
+    z, up = (
+        each
+        if each.is_contiguous() and each.data_ptr() % 16 == 0
+        else each.clone(memory_format=torch.contiguous_format)
+        for each in (z, up)
+    )
     kind = "bf16" if y.dtype == torch.bfloat16 else "fp16"
     maps = b"".join(
         nvrtc.tensor_map(
