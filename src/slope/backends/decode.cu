@@ -1,6 +1,6 @@
 // Y = X (W^R)^T for few tokens on the sparse tensor cores, and Z = X down^T beside it.
 //
-// Compiled at run time by NVRTC, without headers, for one choice of the constants below:
+// Compiled at run time by NVRTC, without headers of CUDA, for one choice of the constants below:
 //   NT      tiles of 8 tokens of a block
 //   MT      tiles of 16 outputs of a warp
 //   WM, WK  warps of a block along the outputs and along the inputs
@@ -21,9 +21,7 @@
 // four lanes a pair gives them, lane h of it half h of row g below, of row g + 8 above, as they stand
 // in memory.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
+#include "tiles.cuh"
 
 constexpr int TOKENS = 8 * NT;
 constexpr int ROWS = 16 * MT * WM;
@@ -48,10 +46,6 @@ static_assert(!ADAPTED || TMA, "tiles of up come by the accelerator");
 // Else a warp would ask for a phase of a stage while an earlier one, of another warp, is pending.
 static_assert(!TMA || STAGES % WK == 0, "a stage is always read by the same warps");
 
-struct alignas(64) Map {
-    char bytes[128];
-};
-
 struct Arguments {
 #if TMA
     Map values_map;  // boxes of 64 x ROWS, swapped by 128 bytes
@@ -72,10 +66,6 @@ struct Arguments {
     int tokens, outputs, inputs, rank, splits, low_splits;
     float scale;
 };
-
-__device__ __forceinline__ u32 shared_address(const void* p) {
-    return static_cast<u32>(__cvta_generic_to_shared(p));
-}
 
 // The source is not read where it lies outside; zeros are written then.
 template <int BYTES>
@@ -144,12 +134,6 @@ __device__ __forceinline__ void load_words(u32 (&to)[2], u32 from) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(from));
 }
 
-#if BF16
-#define KIND "bf16"
-#else
-#define KIND "f16"
-#endif
-
 template <int PAIR>
 __device__ __forceinline__ void multiply_sparse(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4],
                                                 u32 metadata) {
@@ -170,11 +154,6 @@ __device__ __forceinline__ void multiply_dense(float (&d)[4], const u32 (&a)[4],
 }
 
 #if GROUPED
-// The tile of all tokens at an address, K beside K in 128 bytes, rows swapped by eights.
-__device__ __forceinline__ u64 descriptor(u32 at) {
-    return static_cast<u64>((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
 // Of wgmma, made for NT together with the constants: SHAPE is m64n, SUMS are the operands of 4 NT sums,
 // OPERANDS the names of these, of four registers of A and of the place of X, METADATA the names of the
 // metadata and of the pair of lanes that have it.
@@ -194,16 +173,6 @@ __device__ __forceinline__ void group_dense(float (&d)[NT][4], const u32 (&a)[4]
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 #endif
-
-__device__ __forceinline__ float to_float(u16 bits) {
-    float number;
-#if BF16
-    number = __uint_as_float(static_cast<u32>(bits) << 16);
-#else
-    asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(bits));
-#endif
-    return number;
-}
 
 __device__ __forceinline__ u16 from_float(float number) {
     u16 bits;
@@ -519,18 +488,6 @@ __device__ __forceinline__ void product(const Arguments& arg, char* memory, cons
     add_up<SPARSE>(arg, memory, sums, row, rows, token, split, splits);
 }
 #else
-__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
-    u32 done;
-    do {
-        asm volatile("{\n.reg .pred p;\n"
-                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-    } while (!done);
-}
-
 // Whether a phase of a barrier has ended, the same for all lanes.
 __device__ __forceinline__ bool is_over(u32 barrier, u32 parity) {
     u32 done;
@@ -550,14 +507,6 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], float factor)
         for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) sums[m][n][i] *= factor;
-}
-
-// A box at a column and a row.
-__device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int row, u32 barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(column), "r"(row),
-                 "r"(barrier)
-                 : "memory");
 }
 
 // A map is on its way before it is needed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -51,7 +52,7 @@ def _compiler() -> Any:
 
 
 def compile_source(name: str, constants: Mapping[str, int | str], architecture: str) -> bytes:
-    """Machine code of a source file beside this module.
+    """Machine code of a source file beside this module, and of those there that it includes.
 
     Args:
         name: of the file.
@@ -63,7 +64,12 @@ def compile_source(name: str, constants: Mapping[str, int | str], architecture: 
     """
     library = _compiler()
     macros = "".join(f"#define {macro} {value}\n" for macro, value in constants.items())
-    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    text = _text(name)
+    included = [file.encode() for file in re.findall(r'^#include "(.+)"$', text, re.MULTILINE)]
+    names = (ctypes.c_char_p * len(included))(*included)
+    headers = (ctypes.c_char_p * len(included))(
+        *[_text(file.decode()).encode() for file in included]
+    )
     source = f"{macros}#line 1\n{text}".encode()
     program = ctypes.c_void_p()
 
@@ -79,7 +85,15 @@ def compile_source(name: str, constants: Mapping[str, int | str], architecture: 
         call(f"nvrtcGet{what}", program, text)
         return text.raw
 
-    call("nvrtcCreateProgram", ctypes.byref(program), source, name.encode(), 0, None, None)
+    call(
+        "nvrtcCreateProgram",
+        ctypes.byref(program),
+        source,
+        name.encode(),
+        len(included),
+        headers,
+        names,
+    )
     try:
         options = [f"--gpu-architecture={architecture}", "--std=c++17"]
         array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
@@ -89,6 +103,10 @@ def compile_source(name: str, constants: Mapping[str, int | str], architecture: 
         return read("CUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 _Bytes = ctypes.c_char_p * 1  # an array of a pointer to them

@@ -1,7 +1,7 @@
 // Y += scale Z up^T in place, where Y is so large that its bytes decide: each is read and written once.
 //
-// Compiled at run time by NVRTC, without headers, for compute capability 9.0 (sm_90a) and one choice of
-// the constants below:
+// Compiled at run time by NVRTC, without headers of CUDA, for compute capability 9.0 (sm_90a) and one
+// choice of the constants below:
 //   CHUNKS  of 64 ranks; the last may be less
 //   Y_STAGES, Z_STAGES  tiles in flight
 //   BF16    1 for bf16, 0 for fp16
@@ -13,9 +13,7 @@
 // stands, from where the accelerator takes it back. All tiles are columns of 128 bytes, each swapped by
 // eights of rows, as wgmma wants Z and up; so a tile of Y meets no bank twice.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
+#include "tiles.cuh"
 
 constexpr int TOKENS = 64, GROUPS = 2, OUTPUTS = 64 * GROUPS, THREADS = 128 * GROUPS;
 constexpr int COLUMN = 128 * TOKENS;  // bytes of 64 columns of a tile
@@ -23,10 +21,6 @@ constexpr int Y_BYTES = GROUPS * COLUMN, Z_BYTES = CHUNKS * COLUMN, UP_BYTES = C
 constexpr int Z_AT = UP_BYTES, Y_AT = Z_AT + Z_STAGES * Z_BYTES;
 constexpr int BARRIERS = Y_AT + Y_STAGES * Y_BYTES;  // begin there
 static_assert(Y_STAGES > 2, "a tile of Y is given back one tile later");
-
-struct alignas(64) Map {
-    char bytes[128];
-};
 
 struct Arguments {
     Map y_map;   // boxes of 64 x TOKENS
@@ -38,56 +32,6 @@ struct Arguments {
     float scale;
 };
 
-#if BF16
-#define KIND "bf16"
-#else
-#define KIND "f16"
-#endif
-
-__device__ __forceinline__ u32 shared_address(const void* p) {
-    return static_cast<u32>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
-    u32 done;
-    do {
-        asm volatile("{\n.reg .pred p;\n"
-                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-    } while (!done);
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// A box at a column and a row, there and back; zeros stand for what lies outside, and are not written.
-__device__ __forceinline__ void copy_box(u32 to, const Map& map, int column, int row, u32 barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(column), "r"(row),
-                 "r"(barrier)
-                 : "memory");
-}
-
-__device__ __forceinline__ void return_box(const Map& map, int column, int row, u32 from) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
-                     &map), "r"(column), "r"(row), "r"(from)
-                 : "memory");
-}
-
-// A tile, K beside K in 128 bytes.
-__device__ __forceinline__ u64 descriptor(u32 at) {
-    return static_cast<u64>((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
 __device__ __forceinline__ void multiply(float (&d)[32], u64 z, u64 up) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." KIND "." KIND " " OPERANDS
                  ", 1, 1, 1, 0, 0;"
@@ -95,31 +39,11 @@ __device__ __forceinline__ void multiply(float (&d)[32], u64 z, u64 up) {
                  : "l"(z), "l"(up));
 }
 
-__device__ __forceinline__ float to_float(u32 bits) {
-    float number;
-#if BF16
-    number = __uint_as_float(bits << 16);
-#else
-    asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(static_cast<u16>(bits)));
-#endif
-    return number;
-}
-
-// Two numbers that lie beside each other.
-__device__ __forceinline__ u32 rounded(float low, float high) {
-    u32 pair;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
-    return pair;
-}
-
 __device__ __forceinline__ void add_to(u32 at, float low, float high, float scale) {
     u32 pair;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at));
-    pair = rounded(to_float(pair & 0xffff) + scale * low, to_float(pair >> 16) + scale * high);
+    pair = pair_of(to_float(static_cast<u16>(pair)) + scale * low,
+                   to_float(static_cast<u16>(pair >> 16)) + scale * high);
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
 }
 
