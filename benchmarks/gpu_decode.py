@@ -13,7 +13,7 @@ the 10th to 90th percentile of each speed-up, and the name of the launch that wa
 ``mma``. With ``--cuts`` every cut is checked, timed once, and the best few take turns with the
 others. With ``--once`` launches are made a single time, untimed, for a profiler. Launches are named
 by token_tiles, row_tiles, row_warps, column_warps, stages, g for wgmma or t for wgmma with TMA /
-splits, and with an adapter / low splits.
+splits, and with an adapter / low splits; p is t with blocks that make several tiles.
 """
 
 from __future__ import annotations
@@ -97,6 +97,12 @@ BY_TMA = {
         (1, 4, 3, 3), (2, 4, 2, 4),
     ),
 }  # fmt: skip
+# The same with blocks that make several tiles.
+STAYING = {
+    8: ((1, 12, 1, 4), (2, 8, 1, 3), (1, 8, 1, 5)),
+    11: ((1, 8, 1, 4),),
+    16: ((1, 12, 1, 3), (1, 8, 1, 3), (2, 8, 1, 2)),
+}
 PARTS = 11  # among which the tokens of narrow tiles are shared at most
 LOW_SPLITS = (0, 2, 4, 8, 16)
 
@@ -187,6 +193,8 @@ def cuts_of(tokens: int, named: str) -> list[MmaLaunch]:
         for tiles, ways in BY_TMA.items():
             if tiles <= least and (tiles >= 8 or tokens <= 8 * PARTS * tiles):
                 cuts += [MmaLaunch(tiles, *cut, grouped=True, tma=True) for cut in ways]
+                more = STAYING.get(tiles, ())
+                cuts += [MmaLaunch(tiles, *cut, grouped=True, tma=True, stays=True) for cut in more]
     memory = decoding_mma._shared_memory(0)
     return [cut for cut in cuts if cut.shared <= memory and named in str(cut)]
 
@@ -198,7 +206,7 @@ def candidates(
     for launch in decoding_mma.split(cuts_of(tokens, named), tokens, out_features, in_features):
         ways = LOW_SPLITS if rank else (0,)
         if launch.tma:
-            ways = ways[: 1 if rank % decoding_mma._TMA_RANK else 4]
+            ways = ways[: 1 if rank % decoding_mma._TMA_ROW else 4]
         for low in ways:
             yield launch._replace(low_splits=low)
 

@@ -91,10 +91,11 @@ def test_the_struct_is_that_of_the_source():
     source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
     body = source[source.index("Arguments {") :].partition("};")[0]
     names = re.findall(r"(\w+)[,;]", re.sub("//.*", "", body))
-    assert names == ["values_map", "x_map", "up_map", "z_map", *decoding_mma._FIELDS.split()]
+    maps = [f"{name}_map" for name in ("values", "x", "up", "z", "y")]
+    assert names == [*maps, *decoding_mma._FIELDS.split()]
     # As compilers lay it out, where maps are aligned to 64 bytes.
     assert decoding_mma._ARGUMENTS.size == 8 * 9 + 8 + 4 * 7 + 4
-    assert (4 * len(decoding_mma._NO_MAP) + 112 + len(decoding_mma._PADDING)) == 640
+    assert (5 * len(decoding_mma._NO_MAP) + 112 + len(decoding_mma._PADDING)) == 768
 
 
 SHAPES = ((64, 64), (2048, 8192), (4096, 14336), (5120, 5120), (9216, 9216), (28672, 768))
@@ -170,6 +171,10 @@ def test_the_figures_of_a_cut():
     assert str(wide) == "16.1.8.1.4g/3" and MmaLaunch.parse(str(wide)) == wide
     assert MmaLaunch.parse("1.1.1.4.4") == cut == MmaLaunch.parse("1.1.1.4.4/1")
     assert MmaLaunch.parse("1.1.1.4.4/2/3") == cut._replace(splits=2, low_splits=3)
+    stays = MmaLaunch.parse("16.1.12.1.3p")
+    assert stays == MmaLaunch(16, 1, 12, 1, 3, grouped=True, tma=True, stays=True)
+    assert str(stays) == "16.1.12.1.3p/1"
+    assert stays.shared == 3 * (192 * 128 + 128 * 256 + 192 * 16) + 2 * 128 * 192 + 16 * 3
     # One warp copies; where others need its registers, a group of four.
     names = "16.1.12.1.3t", "16.2.8.1.3t", "8.2.8.1.4t", "16.2.8.1.3g"
     assert [MmaLaunch.parse(name).threads for name in names] == [416, 384, 288, 256]
@@ -227,9 +232,9 @@ def test_a_compiler_that_is_too_old_or_missing_is_a_reason(monkeypatch, version,
 
 
 def argument_of(argument):
-    """What a launch is given, by the names of the source, behind four maps if there are."""
-    assert len(argument) in (112, 640)
-    numbers = decoding_mma._ARGUMENTS.unpack_from(argument, 4 * 128 * (len(argument) == 640))
+    """What a launch is given, by the names of the source, behind five maps if there are."""
+    assert len(argument) in (112, 768)
+    numbers = decoding_mma._ARGUMENTS.unpack_from(argument, 5 * 128 * (len(argument) == 768))
     return SimpleNamespace(**dict(zip(decoding_mma._FIELDS.split(), numbers, strict=True)))
 
 
@@ -343,11 +348,64 @@ def test_tma_is_told_of_tiles(launched, monkeypatch):
     decode_mma(x, values, metadata, None, None, None, 1.0, launch)
     ((_, grid, threads, argument, _, together),) = seen
     assert (grid, threads, together) == (5 * 2, 32 * (4 * 2 + 1), 2)
-    assert argument.splits == 2
+    assert argument.splits == 2 and argument.boxes == 0
     assert maps == [
         (values.data_ptr(), "bf16", 128, 300, 256, 64, 64),
         (x.data_ptr(), "bf16", 256, 17, 512, 64, 32),
     ]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "splits", "rank", "boxes"),
+    [(304, 1, 0, 1), (304, 1, 8, 1), (300, 1, 0, 0), (304, 2, 0, 0), (304, 9, 0, 0)],
+)
+def test_tma_writes_y_where_blocks_share_no_columns(
+    launched, monkeypatch, outputs, splits, rank, boxes
+):
+    seen, _ = launched(True)
+    maps = []
+    monkeypatch.setattr(nvrtc, "tensor_map", lambda *given: maps.append(given) or bytes(128))
+    x, values = torch.zeros(17, 2048, dtype=BF16), torch.zeros(outputs, 1024, dtype=BF16)
+    metadata = torch.zeros(outputs, 256, dtype=torch.uint8)
+    down = torch.zeros(rank, 2048, dtype=BF16) if rank else None
+    up = torch.zeros(outputs, rank, dtype=BF16) if rank else None
+    launch = MmaLaunch(4, 1, 4, 2, 4, splits, True, low_splits=2 * (rank > 0), tma=True)
+    y = decode_mma(x, values, metadata, None, down, up, 1.0, launch)
+    *ahead, (_, _, _, argument, _, _) = seen
+    assert argument.boxes == boxes and all(not given.boxes for _, _, _, given, _, _ in ahead)
+    of_y = (y.data_ptr(), "bf16", outputs, 17, 2 * outputs, 64, 32)
+    assert (of_y in maps) == bool(boxes)
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(17, 5), (700, 5 * 22), (4000, 132)])
+def test_blocks_that_stay_are_no_more_than_multiprocessors(launched, monkeypatch, tokens, blocks):
+    seen, _ = launched(True)
+    monkeypatch.setattr(decoding_mma, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(nvrtc, "tensor_map", lambda *given: bytes(128))
+    x, values = torch.zeros(tokens, 256, dtype=BF16), torch.zeros(304, 128, dtype=BF16)
+    metadata = torch.zeros(304, 32, dtype=torch.uint8)
+    launch = MmaLaunch.parse("4.1.4.1.4p")
+    decode_mma(x, values, metadata, None, None, None, 1.0, launch)
+    ((_, grid, _, argument, _, _),) = seen
+    assert grid == blocks and argument.boxes == 1
+    for outputs, name in ((304, "4.1.4.1.4p/2"), (300, "4.1.4.1.4p")):
+        with pytest.raises(
+            ValueError, match=rf"{name}.* cannot make {outputs} outputs: .*without p"
+        ):
+            given = x, values[:outputs], metadata[:outputs], None, None, None, 1.0
+            decode_mma(*given, MmaLaunch.parse(name))
+
+
+@pytest.mark.parametrize(
+    "cut", ["16.1.12.1.3p", "16.1.8.1.3p", "16.2.8.1.2p", "8.1.12.1.4p", "11.1.8.1.4p"]
+)
+@pytest.mark.parametrize("low_splits", [0, 1])
+def test_cuts_of_blocks_that_stay_compile(compiler, tmp_path, cut, low_splits):
+    launch = MmaLaunch.parse(cut)._replace(low_splits=low_splits)
+    path = tmp_path / "kernel.cubin"
+    constants = decoding_mma.constants(launch, BF16)
+    path.write_bytes(nvrtc.compile_source("decode.cu", constants, "sm_90a"))
+    assert stack_of(path) == 0 and not touching_sums_in_flight(instructions_of(path))
 
 
 @pytest.mark.parametrize(("room", "cluster"), [(True, 4), (False, 1)])

@@ -203,6 +203,32 @@ def test_a_decode_kernel_by_name(shape, dtype, backend):
             assert error(layer(x), expected) < ROUNDING[dtype]
 
 
+@pytest.mark.skipif(
+    NO_KERNELS is None and torch.cuda.get_device_capability() != (9, 0), reason="needs wgmma"
+)
+@pytest.mark.parametrize("rank", [0, 40])
+@pytest.mark.parametrize(
+    "cut",
+    ["16.1.12.1.3p", "16.1.8.1.3p", "16.2.8.1.2p", "8.2.8.1.3p", "8.1.12.1.4p", "11.1.8.1.4p"],
+)
+@pytest.mark.parametrize(("outputs", "tokens"), [(5000, 1500), (72, 5), (264, 20000)])
+def test_blocks_that_make_several_tiles(cut, outputs, tokens, rank):
+    layer = a_layer((outputs, 640), values_dtype=torch.bfloat16).requires_grad_(False)
+    down = torch.randn(rank, 640, device="cuda", dtype=torch.bfloat16) if rank else None
+    up = torch.randn(outputs, rank, device="cuda", dtype=torch.bfloat16) if rank else None
+    x = torch.randn(tokens, 640, device="cuda", dtype=torch.bfloat16)
+    expected = x.double() @ layer.to_dense().double().t() + layer.bias.double()
+    if rank:
+        expected += 0.5 * (x.double() @ down.double().t()).bfloat16().double() @ up.double().t()
+    given = x, layer.values, layer.metadata, layer.bias, down, up, 0.5
+    launch = decoding_mma.MmaLaunch.parse(cut)._replace(low_splits=2 * (rank > 0))
+    y = decoding_mma.decode_mma(*given, launch)
+    assert error(y, expected) < ROUNDING[torch.bfloat16]
+    # The same sums in the same order.
+    once = launch._replace(stays=False, stages=2)
+    assert torch.equal(y, decoding_mma.decode_mma(*given, once))
+
+
 @pytest.mark.parametrize("rank", [0, 40])
 @pytest.mark.parametrize("splits", [1, 2, 5, 7, 8, 9])
 def test_every_cut_of_the_compiled_decode_kernel(splits, rank):

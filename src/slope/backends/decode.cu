@@ -11,6 +11,8 @@
 //   TMA     1 where the tensor memory accelerator copies tiles, at the word of one more warp; warps
 //           along the inputs then take turns (GROUPED). 0 for copies by all threads
 //   ADAPTED 1 where this launch adds scale Z up^T to Y, and one ahead of it makes Z (TMA)
+//   STAYS   1 where a block makes several tiles, one after another, and begins to copy the next while
+//           it writes one (TMA, all inputs of a tile, WK = 1)
 //
 // A block owns ROWS outputs of TOKENS tokens and walks over the inputs in steps of STEP bytes of a
 // row of A, which is W^R compressed (STEP columns) or down (STEP / 2 columns). Tiles stand in shared
@@ -40,9 +42,16 @@ constexpr int COPYING = TMA ? (HANDS_OVER ? 128 : 32) : 0;  // threads
 static_assert(!HANDS_OVER || THREADS <= 256, "more cannot have 232 registers, and would wait for ever");
 constexpr int FLIGHT = 4;  // groups of sums that a thread asks another block for at once
 constexpr int SUMS_BYTES = 4 * WK * TOKENS * SUM_STRIDE;
-constexpr int BARRIERS = STAGES * STAGE > SUMS_BYTES ? STAGES * STAGE : SUMS_BYTES;  // begin there
+constexpr int BOX = 128 * TOKENS;  // bytes of 64 outputs of Y
+constexpr int Y_BYTES = ROWS / 64 * BOX;
+// Y takes the place of stages, and sums of warps the one behind it, unless stages are filled again.
+constexpr int Y_AT = STAYS ? STAGES * STAGE : 0;
+constexpr int BARRIERS = STAYS                           ? Y_AT + Y_BYTES
+                         : STAGES * STAGE > SUMS_BYTES ? STAGES * STAGE
+                                                       : SUMS_BYTES;  // begin there
 static_assert(!TMA || GROUPED, "the accelerator lays X out as wgmma wants it");
 static_assert(!ADAPTED || TMA, "tiles of up come by the accelerator");
+static_assert(!STAYS || (TMA && WK == 1), "sums of warps would stand where tiles are copied");
 // Else a warp would ask for a phase of a stage while an earlier one, of another warp, is pending.
 static_assert(!TMA || STAGES % WK == 0, "a stage is always read by the same warps");
 
@@ -52,6 +61,7 @@ struct Arguments {
     Map x_map;       // boxes of 64 x TOKENS, likewise
     Map up_map;      // boxes of 64 x ROWS, likewise
     Map z_map;       // boxes of 64 x TOKENS, likewise
+    Map y_map;       // boxes of 64 x TOKENS, likewise
 #endif
     const char* values;    // (outputs, inputs / 2)
     const char* metadata;  // (outputs, inputs / 8)
@@ -65,6 +75,7 @@ struct Arguments {
     long long x_stride;
     int tokens, outputs, inputs, rank, splits, low_splits;
     float scale;
+    int boxes;  // whether Y is written as boxes: by blocks that share no columns (TMA)
 };
 
 // The source is not read where it lies outside; zeros are written then.
@@ -257,7 +268,7 @@ __device__ __forceinline__ float4 sum_of_warps(float* shared, int number) {
 // first 64 columns, the others those of the rest.
 __device__ __forceinline__ void load_places(u32 (&lower)[MT][2], u32 (&upper)[MT][2], u32 stage) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row = warp % WM * 16 * MT, wk = TMA ? 0 : warp / WM;
+    const int row = (WK == 1 ? warp : warp % WM) * 16 * MT, wk = TMA ? 0 : warp / WM;
     const u32 at = stage + A_BYTES + X_BYTES + (row + lane / 4) * (STEP / 8) + 16 * wk +
                    8 * (lane / 2 % 2);
 #pragma unroll
@@ -273,7 +284,7 @@ __device__ __forceinline__ u32 own_half() { return threadIdx.x & 1 ? 0x7632 : 0x
 // Where this lane reads 16 bytes of A, for the first 16 rows of its warp and the first 32 bytes.
 __device__ __forceinline__ u32 place_of_a(u32 stage) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row = warp % WM * 16 * MT, wk = TMA ? 0 : warp / WM;
+    const int row = (WK == 1 ? warp : warp % WM) * 16 * MT, wk = TMA ? 0 : warp / WM;
     return stage + (row + lane % 16) * STEP + 128 * wk + 16 * (lane / 16 ^ lane % 8);
 }
 
@@ -509,6 +520,100 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], float factor)
             for (int i = 0; i < 4; ++i) sums[m][n][i] *= factor;
 }
 
+// Four or two tiles of 8 outputs x 8 tokens, turned, so that a row of 16 bytes has 8 outputs of a token.
+__device__ __forceinline__ void turn4(u32 to, const u32 (&tiles)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                 "r"(tiles[0]), "r"(tiles[1]), "r"(tiles[2]), "r"(tiles[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ void turn2(u32 to, const u32 (&tiles)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to),
+                 "r"(tiles[0]), "r"(tiles[1])
+                 : "memory");
+}
+
+// What this thread has given back has been read, and its place may be written again.
+__device__ __forceinline__ void wait_for_boxes() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// These four warps have 64 MT outputs.
+__device__ __forceinline__ void meet_four(int wm) {
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + wm / 4) : "memory");
+}
+
+// Y of this block, which has all the inputs: sums of the warps along them are added in the registers of the
+// first, rounded and turned in shared memory, and the accelerator writes boxes. All have read the stages
+// that this overwrites.
+__device__ __forceinline__ void write_boxes(const Arguments& arg, char* memory, float (&sums)[MT][NT][4],
+                                            int row, int token) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wk = warp / WM;
+    const int wm = WK == 1 ? warp : warp % WM;  // the compiler does not see that it is the same
+    const bool speaks = wm % 4 == 0 && lane == 0;
+    const u32 y = shared_address(memory) + Y_AT;
+    if (STAYS) {
+        if (speaks) wait_for_boxes();
+        meet_four(wm);
+    }
+    if (WK > 1) {
+        float4* parts = reinterpret_cast<float4*>(memory + Y_BYTES) + lane;
+        auto part = [&](int k, int m, int n) -> float4& {
+            return parts[32 * ((((k - 1) * WM + wm) * MT + m) * NT + n)];
+        };
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+                if (wk > 0)
+                    part(wk, m, n) = {sums[m][n][0], sums[m][n][1], sums[m][n][2], sums[m][n][3]};
+        __syncthreads();
+        if (wk > 0) return;
+#pragma unroll
+        for (int k = 1; k < WK; ++k)
+#pragma unroll
+            for (int m = 0; m < MT; ++m)
+#pragma unroll
+                for (int n = 0; n < NT; ++n) {
+                    const float4 more = part(k, m, n);
+                    sums[m][n][0] += more.x;
+                    sums[m][n][1] += more.y;
+                    sums[m][n][2] += more.z;
+                    sums[m][n][3] += more.w;
+                }
+    }
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+        const int first = 16 * (MT * wm + m);  // output of the block
+        const int own = row + first + lane / 4;
+        const float low = own < arg.outputs ? bias_of(arg, own) : 0;
+        const float high = own + 8 < arg.outputs ? bias_of(arg, own + 8) : 0;
+        // Of a tile each lane names a row: of token lane % 8, tiles of 8 outputs side by side.
+        const int chunk = first % 64 / 8 + lane / 8 % 2;
+        const u32 at = y + first / 64 * BOX + 128 * (8 * (lane / 16) + lane % 8) +
+                       16 * (chunk ^ lane % 8);
+#pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+            u32 tiles[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float(&sum)[4] = sums[m][n + j / 2 < NT ? n + j / 2 : n];
+                const float bias = j % 2 ? high : low;
+                tiles[j] = pair_of(sum[2 * (j % 2)] + bias, sum[2 * (j % 2) + 1] + bias);
+            }
+            if (n + 1 < NT) turn4(at + 1024 * n, tiles);
+            else turn2(at + 1024 * n, tiles);
+        }
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    meet_four(wm);
+    if (!speaks) return;
+    for (int box = wm / 4 * MT; box < (wm / 4 + 1) * MT; ++box)
+        return_box(arg.y_map, row + 64 * box, token, y + box * BOX);
+    asm volatile("cp.async.bulk.commit_group;");
+    if (!STAYS) wait_for_boxes();
+}
+
 // A map is on its way before it is needed.
 __device__ __forceinline__ void ask_for(const Map& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -517,14 +622,27 @@ __device__ __forceinline__ void ask_for(const Map& map) {
 // The same of W^R by a block whose last warp does nothing but copy. A stage is full when its boxes
 // and the metadata, which the lanes of that warp copy, have come; empty when all warps have read it.
 // An adapter is some more steps, whose sums are to be scaled: what is there is divided by the scale
-// first. The launch ahead, which makes Z, has let this one begin when X was written.
-__device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memory, int row, int token,
-                                               int split, int splits) {
+// first. The launch ahead, which makes Z, has let this one begin when X was written. Tiles are numbered,
+// the tokens of a tile of outputs one after another.
+__device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memory, int number, int parts,
+                                               int tiles, int split, int splits) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int steps = (arg.inputs + STEP - 1) / STEP;
     const int all = steps + (ADAPTED ? (arg.rank + 63) / 64 : 0), share = (all + splits - 1) / splits;
     const int begin = split * share, end = min(begin + share, all);
     const u32 base = shared_address(memory), full = base + BARRIERS, empty = full + 8 * STAGES;
+    int row = number / parts * ROWS, token = number % parts * TOKENS;
+    int before = -begin;  // steps of the tiles before, less those of other blocks
+    auto next_tile = [&]() {
+        before += end - begin;
+        number += gridDim.x;
+        row = number / parts * ROWS, token = number % parts * TOKENS;
+        return STAYS && number < tiles * parts;
+    };
+    auto stage_of = [&](int step) { return base + (before + step) % STAGES * STAGE; };
+    auto full_of = [&](int step) { return full + 8 * ((before + step) % STAGES); };
+    auto empty_of = [&](int step) { return empty + 8 * ((before + step) % STAGES); };
+    auto parity_of = [&](int step) { return (before + step) / STAGES & 1; };
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 33;" ::"r"(full + 8 * s));
@@ -536,6 +654,7 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
         ask_for(arg.x_map);
         if (ADAPTED) ask_for(arg.up_map);
         if (ADAPTED) ask_for(arg.z_map);
+        if (arg.boxes) ask_for(arg.y_map);
     }
     __syncthreads();
     if (!ADAPTED) wait_for_previous();
@@ -543,72 +662,68 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
         if (HANDS_OVER) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (warp > WM * WK) return;
         const long long pitch = arg.inputs / 8;
-        const char* metadata = arg.metadata + (row + lane) * pitch + STEP / 8 * begin;
-        for (int step = begin; step < end; ++step) {
-            const int number = step - begin, stage = number % STAGES;
-            const u32 at = base + stage * STAGE, done = full + 8 * stage;
-            wait_for(empty + 8 * stage, (number / STAGES & 1) ^ 1);
+        bool waited = false;
+        do {
+            for (int step = begin; step < end; ++step) {
+                const u32 at = stage_of(step), done = full_of(step);
+                wait_for(empty_of(step), parity_of(step) ^ 1);
 #if ADAPTED
-            if (step >= steps) {
-                const int column = 64 * (step - steps);
+                if (step >= steps) {
+                    const int column = 64 * (step - steps);
+                    if (lane == 0) {
+                        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
+                                     "n"(A_BYTES + X_BYTES / 2)
+                                     : "memory");
+                        copy_box(at, arg.up_map, column, row, done);
+                    }
+                    if (!waited) wait_for_previous();
+                    waited = true;
+                    if (lane == 0) copy_box(at + A_BYTES, arg.z_map, column, token, done);
+                    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(done) : "memory");
+                    continue;
+                }
+#endif
                 if (lane == 0) {
                     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
-                                 "n"(A_BYTES + X_BYTES / 2)
+                                 "n"(A_BYTES + X_BYTES)
                                  : "memory");
-                    copy_box(at, arg.up_map, column, row, done);
+                    copy_box(at, arg.values_map, STEP / 2 * step, row, done);
+                    for (int half = 0; half < 2; ++half)
+                        copy_box(at + A_BYTES + half * (128 * TOKENS), arg.x_map,
+                                 STEP * step + 64 * half, token, done);
                 }
-                if (step == max(begin, steps)) wait_for_previous();
-                if (lane == 0) copy_box(at + A_BYTES, arg.z_map, column, token, done);
-                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(done) : "memory");
-                continue;
-            }
-#endif
-            if (lane == 0) {
-                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
-                             "n"(A_BYTES + X_BYTES)
-                             : "memory");
-                copy_box(at, arg.values_map, STEP / 2 * step, row, done);
-                for (int half = 0; half < 2; ++half)
-                    copy_box(at + A_BYTES + half * (128 * TOKENS), arg.x_map,
-                             STEP * step + 64 * half, token, done);
-            }
+                const char* metadata = arg.metadata + (row + lane) * pitch + STEP / 8 * step;
 #pragma unroll
-            for (int r = 0; r < ROWS; r += 32)
-                copy<16>(at + A_BYTES + X_BYTES + 16 * (r + lane), metadata + r * pitch,
-                         row + r + lane < arg.outputs);
-            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(done)
-                         : "memory");
-            metadata += STEP / 8;
-        }
+                for (int r = 0; r < ROWS; r += 32)
+                    copy<16>(at + A_BYTES + X_BYTES + 16 * (r + lane), metadata + r * pitch,
+                             row + r + lane < arg.outputs);
+                asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(done)
+                             : "memory");
+            }
+        } while (next_tile());
         asm volatile("cp.async.wait_all;");
         return;
     }
     if (HANDS_OVER) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    float sums[MT][NT][4] = {};
-    bool scaled = false;
-    auto barrier_of = [&](int step) { return full + 8 * ((step - begin) % STAGES); };
-    auto parity_of = [&](int step) { return (step - begin) / STAGES & 1; };
+    float sums[MT][NT][4];
+    bool scaled;
     auto read = [&](Fragments& fragments, int step) {
-        const u32 stage = base + (step - begin) % STAGES * STAGE;
-        if (ADAPTED && step >= steps) load<false>(fragments, stage, STEP / 2);
-        else load<true>(fragments, stage, STEP);  // the inputs are divisible by it
+        if (ADAPTED && step >= steps) load<false>(fragments, stage_of(step), STEP / 2);
+        else load<true>(fragments, stage_of(step), STEP);  // the inputs are divisible by it
     };
     auto add = [&](const Fragments& fragments, int step) {
-        const u32 stage = base + (step - begin) % STAGES * STAGE;
         if (ADAPTED && step >= steps) {
             if (!scaled) multiply(sums, 1 / arg.scale);
             scaled = true;
-            begin_product<false>(sums, fragments, stage);
+            begin_product<false>(sums, fragments, stage_of(step));
         } else {
-            begin_product<true>(sums, fragments, stage);
+            begin_product<true>(sums, fragments, stage_of(step));
         }
     };
     auto leave = [&](int step) {
         finish_product();
         if (lane == 0)
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(
-                             empty + 8 * ((step - begin) % STAGES))
-                         : "memory");
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty_of(step)) : "memory");
     };
     // Where warps do not take turns, the next step's A is read while the tensor cores are at work on
     // this one's, if it is there.
@@ -616,31 +731,42 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
         if (step >= end) return;
         const int after = step + 1;
         add(fragments, step);
-        const bool there = after < end && is_over(barrier_of(after), parity_of(after));
+        const bool there = after < end && is_over(full_of(after), parity_of(after));
         if (there) read(next, after);
         leave(step);
         if (there || after >= end) return;
-        wait_for(barrier_of(after), parity_of(after));
+        wait_for(full_of(after), parity_of(after));
         read(next, after);
     };
-    Fragments even, odd;
-    if (WK == 1 && begin < end) {
-        wait_for(barrier_of(begin), parity_of(begin));
-        read(even, begin);
-    }
-    for (int step = begin; WK == 1 && step < end; step += 2) {
-        add_and_read(even, odd, step);
-        add_and_read(odd, even, step + 1);
-    }
-    for (int step = begin + warp / WM; WK > 1 && step < end; step += WK) {
-        wait_for(barrier_of(step), parity_of(step));
-        read(even, step);
-        add(even, step);
-        leave(step);
-    }
-    if (scaled) multiply(sums, arg.scale);
-    __syncthreads();
-    add_up<true>(arg, memory, sums, row, arg.outputs, token, split, splits);
+    do {
+        scaled = false;
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
+        Fragments even, odd;
+        if (WK == 1 && begin < end) {
+            wait_for(full_of(begin), parity_of(begin));
+            read(even, begin);
+        }
+        for (int step = begin; WK == 1 && step < end; step += 2) {
+            add_and_read(even, odd, step);
+            add_and_read(odd, even, step + 1);
+        }
+        for (int step = begin + warp / WM; WK > 1 && step < end; step += WK) {
+            wait_for(full_of(step), parity_of(step));
+            read(even, step);
+            add(even, step);
+            leave(step);
+        }
+        if (scaled) multiply(sums, arg.scale);
+        if (!STAYS) __syncthreads();
+        if (STAYS || arg.boxes) write_boxes(arg, memory, sums, row, token);
+        else add_up<true>(arg, memory, sums, row, arg.outputs, token, split, splits);
+    } while (next_tile());
+    if (STAYS && warp % 4 == 0 && lane == 0) wait_for_boxes();
 }
 #endif
 
@@ -656,10 +782,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING, HANDS_OVER ? 1 :
     // Tokens change fastest, so that rows of A are read again out of the L2 cache.
     const int tile = cluster > 1 ? rest : rest % tiles;
     const int split = cluster > 1 ? (block - first) % cluster : rest / tiles;
-    const int row = tile * ROWS, token = number % parts * TOKENS;
 #if TMA
-    product_by_tma(arg, memory, row, token, split, arg.splits);
+    product_by_tma(arg, memory, tile * parts + number % parts, parts, tiles, split, arg.splits);
 #else
+    const int row = tile * ROWS, token = number % parts * TOKENS;
     if (arg.z) {
         product<false>(arg, memory, arg.down, row, arg.rank, token, split, arg.splits);
     } else if (block < low_blocks) {

@@ -27,7 +27,7 @@ LARGEST_CLUSTER = 8  # blocks; more are not portable
 _MOST_BLOCKS = 1300  # of a grid that is split: ten for each multiprocessor of an H200
 _MULTIPLE = 64  # of I: a copy moves 8 bytes of metadata
 _TMA_MULTIPLE = 128  # of I: with TMA 16
-_TMA_RANK = 8  # a rank's multiple: TMA wants rows of up and X downᵀ of 16 bytes each
+_TMA_ROW = 8  # divides O where TMA writes Y, and a rank: rows have whole 16 bytes
 _SCALES = (2.0**-60, 2.0**60)  # by which sums of W^R may be divided
 
 
@@ -46,6 +46,7 @@ class MmaLaunch(NamedTuple):
             ``tma`` in a launch ahead of this one. Also no constant of the source.
         tma: wgmma with tiles that the tensor memory accelerator copies, at the word of one more
             warp; warps along I then take turns.
+        stays: the same, and a block makes several tiles one after another.
 
     Example:
         >>> str(MmaLaunch(8, 1, 4, 2, 3, splits=2, grouped=True))
@@ -63,10 +64,11 @@ class MmaLaunch(NamedTuple):
     grouped: bool = False
     low_splits: int = 0
     tma: bool = False
+    stays: bool = False
 
     def __str__(self) -> str:
         """The name under which it is kept and reported."""
-        kind = "t" if self.tma else "g" * self.grouped
+        kind = "p" if self.stays else "t" if self.tma else "g" * self.grouped
         name = f"{'.'.join(map(str, self[:5]))}{kind}/{self.splits}"
         return f"{name}/{self.low_splits}" if self.low_splits else name
 
@@ -76,9 +78,9 @@ class MmaLaunch(NamedTuple):
         """The inverse of ``str``; without splits it has one."""
         cut, *rest = name.split("/")
         splits, low_splits = (*map(int, rest), *(1, 0)[len(rest) :])
-        grouped, tma = cut[-1] in "gt", cut.endswith("t")
-        tokens, tiles, rows, columns, stages = map(int, cut.rstrip("gt").split("."))
-        return cls(tokens, tiles, rows, columns, stages, splits, grouped, low_splits, tma)
+        grouped, tma, stays = (cut[-1] in kinds for kinds in ("gtp", "tp", "p"))
+        tokens, tiles, rows, columns, stages = map(int, cut.rstrip("gtp").split("."))
+        return cls(tokens, tiles, rows, columns, stages, splits, grouped, low_splits, tma, stays)
 
     @property
     def rows(self) -> int:
@@ -98,6 +100,8 @@ class MmaLaunch(NamedTuple):
         step, tokens = 128 * (1 if self.tma else self.column_warps), 8 * self.token_tiles
         stage = self.rows * step + 2 * tokens * step + self.rows * step // 8
         most = max(self.stages * stage, 4 * self.column_warps * tokens * (self.rows + 4))
+        if self.stays:  # Y has a place of its own
+            most = self.stages * stage + 2 * tokens * self.rows
         return most + 16 * self.stages if self.tma else most
 
     def parts(self, tokens: int) -> int:
@@ -133,11 +137,11 @@ _TMA_ALONE_FROM = 17
 _MANY_TOKENS, _MOST_RESULTS = 1024, 1 << 22
 
 
-# ``struct Arguments`` of the source; with TMA four ``CUtensorMap`` come first.
-_ARGUMENTS = struct.Struct("9Q q 6i f 4x")
+# ``struct Arguments`` of the source; with TMA five ``CUtensorMap`` come first.
+_ARGUMENTS = struct.Struct("9Q q 6i f i")
 _FIELDS = (
     "values metadata x bias down y partial low z x_stride tokens outputs inputs rank splits "
-    "low_splits scale"
+    "low_splits scale boxes"
 )
 _NO_MAP = bytes(128)
 _PADDING = bytes(-_ARGUMENTS.size % 64)  # behind them, since maps are aligned so
@@ -177,14 +181,14 @@ def launches(tokens: int, out_features: int, in_features: int, rank: int, device
         device: index of the GPU.
     """
     cuts = cuts_for(tokens, device)
-    if tokens >= _TMA_ALONE_FROM and in_features % _TMA_MULTIPLE == rank % _TMA_RANK == 0:
+    if tokens >= _TMA_ALONE_FROM and in_features % _TMA_MULTIPLE == rank % _TMA_ROW == 0:
         cuts = [cut for cut in cuts if cut.tma] or cuts
     found = split(cuts, tokens, out_features, in_features)
     if rank:
         few = max(2, in_features // _LOW_COLUMNS)
         beside = () if tokens <= MAX_TOKENS else (0,)
         steps = in_features // 128
-        ahead = {min(2, steps), min(LARGEST_CLUSTER, steps)} if rank % _TMA_RANK == 0 else set()
+        ahead = {min(2, steps), min(LARGEST_CLUSTER, steps)} if rank % _TMA_ROW == 0 else set()
         found = [
             launch._replace(low_splits=way)
             for launch in found
@@ -202,7 +206,10 @@ def split(
     """
     found = []
     for cut in cuts:
-        if cut.tma and in_features % _TMA_MULTIPLE:
+        if (cut.tma and in_features % _TMA_MULTIPLE) or (cut.stays and out_features % _TMA_ROW):
+            continue
+        if cut.stays:
+            found.append(cut)
             continue
         tiles = -(-out_features // cut.rows) * cut.parts(tokens)
         most = min(in_features // (128 * cut.column_warps), _MOST_BLOCKS // tiles, LARGEST_CLUSTER)
@@ -214,6 +221,11 @@ def split(
 def _shared_memory(device: int) -> int:
     gpu: Any = torch.cuda.get_device_properties(device)
     return int(gpu.shared_memory_per_block_optin)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -287,6 +299,7 @@ def constants(launch: MmaLaunch, dtype: torch.dtype) -> dict[str, int | str]:
             "GROUPED": int(launch.grouped),
             "TMA": int(launch.tma),
             "ADAPTED": int(launch.tma and launch.low_splits > 0),
+            "STAYS": int(launch.stays),
         }
     )
 
@@ -371,7 +384,7 @@ def decode_mma(
             low_partial = x.new_empty((launch.low_splits, tokens, rank), dtype=torch.float32)
     written = (y if partial is None else None), partial, low_partial, None
     pointers = tuple(map(_pointer, (values, metadata, x, bias, down, *written)))
-    maps = _maps(launch, x, values, up, z) if launch.tma else b""
+    maps = _maps(launch, x, values, up, z, y if plan.boxes else None) if launch.tma else b""
     plan.launch(pointers, x, scale, stream, maps)
     if partial is not None:
         left = (low_partial, up) if plan.ahead is None else (None, None)
@@ -391,6 +404,7 @@ class _Plan(NamedTuple):
         sizes: tokens to low_splits of the arguments.
         slabs: of partial sums, 0 where Y is written at once.
         ahead: the launch that makes X downᵀ for this one.
+        boxes: whether TMA writes Y.
     """
 
     kernel: nvrtc.Kernel
@@ -401,12 +415,14 @@ class _Plan(NamedTuple):
     sizes: tuple[int, int, int, int, int, int]
     slabs: int
     ahead: _Plan | None
+    boxes: bool = False
 
     def launch(
         self, pointers: Sequence[int], x: Tensor, scale: float, stream: int, maps: bytes = b""
     ) -> None:
         """Of operands at addresses."""
-        argument = _ARGUMENTS.pack(*pointers, x.stride(0) * x.itemsize, *self.sizes, scale)
+        row = x.stride(0) * x.itemsize
+        argument = _ARGUMENTS.pack(*pointers, row, *self.sizes, scale, self.boxes)
         if maps:
             argument = maps + argument + _PADDING
         self.kernel(self.blocks, self.threads, argument, stream, self.cluster, self.early)
@@ -440,9 +456,17 @@ def _plan(
     final = splits == cluster and (rank == 0 or ahead is not None)
     low_blocks = -(-rank // launch.rows) * parts * low_splits
     blocks = -(-out_features // launch.rows) * parts * splits + -(-low_blocks // cluster) * cluster
+    if launch.stays:
+        blocks = min(blocks, _multiprocessors(device))
     sizes = tokens, out_features, in_features, rank, splits, low_splits
     slabs = 0 if final else splits // cluster
-    return _Plan(kernel, blocks, launch.threads, cluster, clusters, sizes, slabs, ahead)
+    boxes = launch.tma and final and cluster == 1 and out_features % _TMA_ROW == 0
+    if launch.stays and not boxes:
+        raise ValueError(
+            f"{launch} cannot make {out_features} outputs: blocks that stay take all columns and a "
+            f"multiple of {_TMA_ROW} outputs; take a launch without p."
+        )
+    return _Plan(kernel, blocks, launch.threads, cluster, clusters, sizes, slabs, ahead, boxes)
 
 
 def adds_adapter(launch: MmaLaunch, scale: float) -> bool:
@@ -451,9 +475,14 @@ def adds_adapter(launch: MmaLaunch, scale: float) -> bool:
 
 
 def _maps(
-    launch: MmaLaunch, x: Tensor, values: Tensor, up: Tensor | None, z: Tensor | None
+    launch: MmaLaunch,
+    x: Tensor,
+    values: Tensor,
+    up: Tensor | None,
+    z: Tensor | None,
+    y: Tensor | None,
 ) -> bytes:
-    """How the tensor memory accelerator finds tiles of the kept values, X, up and X downᵀ."""
+    """How the tensor memory accelerator finds tiles of the kept values, X, up, X downᵀ and Y."""
     kind = "bf16" if x.dtype == torch.bfloat16 else "fp16"
 
     def made(matrix: Tensor | None, rows: int) -> bytes:
@@ -463,7 +492,8 @@ def _maps(
         return nvrtc.tensor_map(matrix.data_ptr(), kind, width, height, pitch, 64, rows)
 
     rows, tokens = launch.rows, 8 * launch.token_tiles
-    return made(values, rows) + made(x, tokens) + made(up, rows) + made(z, tokens)
+    of_y = made(y, tokens)
+    return made(values, rows) + made(x, tokens) + made(up, rows) + made(z, tokens) + of_y
 
 
 def _aligned(tensor: Tensor) -> Tensor:
