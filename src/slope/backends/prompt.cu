@@ -2,51 +2,49 @@
 //
 // Compiled at run time by NVRTC, without headers of CUDA, for compute capability 9.0 (sm_90a) and one
 // choice of the constants below:
-//   NT       tiles of 8 tokens of a block
-//   STAGES   steps in flight
-//   BUFFERS  parts of Y of a group that may be on their way out of shared memory
-//   ADAPTED  1 where scale Z up^T is added
-//   BF16     1 for bf16, 0 for fp16
-//   SHAPE, SUMS, OPERANDS, METADATA  operands of wgmma, made for NT together with the constants
+//   NT        tiles of 8 tokens of a block
+//   STAGES    tiles of 64 columns of X in flight
+//   A_STAGES  tiles of 128 columns of W^R in flight
+//   PART      tokens of Y that leave shared memory together
+//   BUFFERS   of these that may be on their way, of a group
+//   ADAPTED   1 where scale Z up^T is added
+//   BF16      1 for bf16, 0 for fp16
+//   SHAPE, SUMS, OPERANDS, METADATA, ADD, DENSE_ADD  operands of wgmma, made for NT with the constants
 //
 // A block owns ROWS outputs of TOKENS tokens, which two groups of four warps share by the outputs, and
-// walks over the inputs in steps of 64 columns. What the tensor cores read out of shared memory for X
+// walks over the inputs in steps of 64 columns. What the tensor cores read out of shared memory of X
 // takes all the time that they need to multiply, so X is wide: W^R is then read once for 256 tokens. Two
-// blocks of a cluster have the same tokens: each copies half of X into both. One warp copies, groups
-// multiply and leave a step when the next one has begun. A block stays for several tiles, and copies the
-// next while it writes one.
+// blocks of a cluster have the same tokens: each copies half of X into both. One warp copies; a group
+// leaves a step when the next one has begun. A block makes several tiles one after another, and Y of one
+// leaves it rounded, in parts, while the tensor cores are at work on the first steps of the next.
 //
 // W^R is cuSPARSELt's operand: kept values row by row, then metadata in tiles of 64 rows by 64 columns of
 // 512 bytes.
 
 #include "tiles.cuh"
 
-constexpr int BLOCKS = 2;  // of a cluster
+constexpr int GROUPS = 2, BLOCKS = 2;  // of a block, of a cluster
 constexpr int TOKENS = 8 * NT, ROWS = 64 * GROUPS, THREADS = 128 * GROUPS;
-constexpr int X_BYTES = 128 * TOKENS, A_BYTES = 64 * ROWS, TILE_PLACES = 512;
-constexpr int STAGE = (X_BYTES + A_BYTES + GROUPS * TILE_PLACES + 1023) / 1024 * 1024;
-constexpr int PART = 64, PARTS = TOKENS / PART;  // tokens of a part of Y
-constexpr int Y_AT = STAGES * STAGE, Y_PART = 128 * PART;
+constexpr int X_BYTES = 128 * TOKENS, A_BYTES = 128 * ROWS, PLACES = 512;
+constexpr int A_STAGE = A_BYTES + 2 * GROUPS * PLACES;
+constexpr int PARTS = TOKENS / PART, Y_PART = 128 * PART;
+constexpr int A_AT = STAGES * X_BYTES, Y_AT = A_AT + A_STAGES * A_STAGE;
 constexpr int BARRIERS = Y_AT + GROUPS * BUFFERS * Y_PART;  // begin there
-static_assert(STAGE % 1024 == 0 && TOKENS % PART == 0, "tiles of X and Y begin at swapped eights of rows");
+static_assert(A_STAGE % 1024 == 0 && TOKENS % PART == 0 && PART % 16 == 0, "eights of rows are swapped");
+static_assert(PARTS % 2 == 0, "parts of Y go out beside pairs of steps");
 
 struct Arguments {
-    Map values_map;  // boxes of 32 x ROWS
+    Map values_map;  // boxes of 64 x ROWS
     Map x_map;       // boxes of 64 x TOKENS / BLOCKS
     Map y_map;       // boxes of 64 x PART
-    Map up_map;      // boxes of 32 x ROWS
-    Map z_map;       // boxes of 32 x TOKENS / BLOCKS
+    Map up_map;      // boxes of 64 x ROWS
+    Map z_map;       // boxes of 64 x TOKENS / BLOCKS
     const char* places;  // metadata
     const u16* bias;     // (outputs), or null
     int tokens, outputs, inputs, rank;
     int band;  // pairs of tiles of outputs whose tokens come one after another
     float scale;
 };
-
-// The same of a tile of 64 bytes beside each other.
-__device__ __forceinline__ u64 narrow_descriptor(u32 at) {
-    return static_cast<u64>((at & 0x3ffff) >> 4) | 1ull << 16 | 32ull << 32 | 2ull << 62;
-}
 
 // That many bytes further.
 __device__ __forceinline__ u64 further(u64 descriptor, u32 bytes) {
@@ -95,9 +93,10 @@ __device__ __forceinline__ void cluster_meet() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-__device__ __forceinline__ void turn4(u32 to, const u32 (&tiles)[4]) {
+// Four tiles of 8 outputs x 8 tokens, turned, so that a row of 16 bytes has 8 outputs of a token.
+__device__ __forceinline__ void turn4(u32 to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-                 "r"(tiles[0]), "r"(tiles[1]), "r"(tiles[2]), "r"(tiles[3])
+                 "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
 
@@ -115,12 +114,13 @@ __device__ __forceinline__ u32 places_of(u32 tile) {
     return __byte_perm(low, high, 0x6420);
 }
 
-// Where a step's tiles are, and its barriers.
-struct Stage {
-    u32 tiles = 0, barrier = 0, parity = 0;
+// Where the tiles of a step are, and their barriers.
+template <int TILES, int BYTES>
+struct Ring {
+    u32 tile = 0, barrier = 0, parity = 0;
     __device__ __forceinline__ void next() {
-        const bool last = barrier == 8 * (STAGES - 1);
-        tiles = last ? 0 : tiles + STAGE;
+        const bool last = barrier == 8 * (TILES - 1);
+        tile = last ? 0 : tile + BYTES;
         barrier = last ? 0 : barrier + 8;
         parity ^= last;
     }
@@ -141,67 +141,98 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     slope_prompt(const __grid_constant__ Arguments arg) {
     extern __shared__ __align__(1024) char memory[];
     const u32 base = shared_address(memory), full = base + BARRIERS, empty = full + 8 * STAGES;
+    const u32 a_full = empty + 8 * STAGES, a_empty = a_full + 8 * A_STAGES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int block = blockIdx.x % BLOCKS, clusters = gridDim.x / BLOCKS;
     const int pairs = (arg.outputs + BLOCKS * ROWS - 1) / (BLOCKS * ROWS);
     const int parts = (arg.tokens + TOKENS - 1) / TOKENS, tiles = pairs * parts;
-    const int steps = arg.inputs / 64, before = ADAPTED ? (arg.rank + 31) / 32 : 0;
+    const int steps = arg.inputs / 64, before = ADAPTED ? (arg.rank + 63) / 64 : 0;
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; ++s) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * s));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * s),
-                         "n"(BLOCKS * 4 * GROUPS));
-        }
+        auto begin = [](u32 barrier, int arrivals) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+        };
+        for (int s = 0; s < STAGES; ++s) begin(full + 8 * s, 1), begin(empty + 8 * s, BLOCKS * 4 * GROUPS);
+        for (int s = 0; s < A_STAGES; ++s) begin(a_full + 8 * s, 1), begin(a_empty + 8 * s, 4 * GROUPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_meet();
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    Stage stage;
+    Ring<STAGES, X_BYTES> x;
+    Ring<A_STAGES, A_STAGE> a;
     if (warp >= THREADS / 32) {
-        if (GROUPS == 3) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (warp == THREADS / 32 && lane == 0) {
-            const int width = arg.inputs / 64;
-            for (int number = blockIdx.x / BLOCKS; number < tiles; number += clusters) {
-                const Place tile = place_of(arg, number, pairs, parts, block);
-                const int own = tile.token + block * (TOKENS / BLOCKS);
-                const int there = min(GROUPS, max(0, (arg.outputs - tile.row + 63) / 64));
-                const char* places = arg.places + static_cast<long long>(tile.row / 64) * width * TILE_PLACES;
-                for (int step = -before; step < steps; ++step, stage.next()) {
-                    const u32 x = base + stage.tiles, a = x + X_BYTES, done = full + stage.barrier;
-                    wait_for(empty + stage.barrier, stage.parity ^ 1);
-                    if (ADAPTED && step < 0) {
-                        const int column = 32 * (step + before);
-                        expect(done, X_BYTES / 2 + A_BYTES);
-                        copy_to_both(x + block * (X_BYTES / 2 / BLOCKS), arg.z_map, column, own, done);
-                        copy_box(a, arg.up_map, column, tile.row, done);
-                        continue;
-                    }
-                    expect(done, X_BYTES + A_BYTES + there * TILE_PLACES);
-                    copy_to_both(x + block * (X_BYTES / BLOCKS), arg.x_map, 64 * step, own, done);
-                    copy_box(a, arg.values_map, 32 * step, tile.row, done);
-                    for (int g = 0; g < there; ++g)
-                        copy_bytes(a + A_BYTES + g * TILE_PLACES,
-                                   places + (static_cast<long long>(g) * width + step) * TILE_PLACES, TILE_PLACES, done);
-                }
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        for (int number = blockIdx.x / BLOCKS; warp == THREADS / 32 && lane == 0 && number < tiles;
+             number += clusters) {
+            const Place tile = place_of(arg, number, pairs, parts, block);
+            const int own = tile.token + block * (TOKENS / BLOCKS);
+            const int there = min(GROUPS, max(0, (arg.outputs - tile.row + 63) / 64));
+            const char* places = arg.places + static_cast<long long>(tile.row / 64) * steps * PLACES;
+            auto copy_a = [&](const Map& map, int column, int wide) {
+                const u32 to = base + A_AT + a.tile, done = a_full + a.barrier;
+                wait_for(a_empty + a.barrier, a.parity ^ 1);
+                expect(done, A_BYTES + there * wide * PLACES);
+                copy_box(to, map, column, tile.row, done);
+                for (int g = 0; wide && g < there; ++g)
+                    copy_bytes(to + A_BYTES + g * (2 * PLACES),
+                               places + (static_cast<long long>(g) * steps + column / 32) * PLACES,
+                               wide * PLACES, done);
+                a.next();
+            };
+            auto copy_x = [&](const Map& map, int column) {
+                wait_for(empty + x.barrier, x.parity ^ 1);
+                expect(full + x.barrier, X_BYTES);
+                copy_to_both(base + x.tile + block * (X_BYTES / BLOCKS), map, column, own, full + x.barrier);
+                x.next();
+            };
+            for (int step = 0; step < before; ++step) {
+                copy_a(arg.up_map, 64 * step, 0);
+                copy_x(arg.z_map, 64 * step);
+            }
+            for (int step = 0; step < steps; ++step) {
+                if (step % 2 == 0) copy_a(arg.values_map, 32 * step, min(2, steps - step));
+                copy_x(arg.x_map, 64 * step);
             }
         }
     } else {
-        if (GROUPS == 3) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         const int group = warp / 4;
         const bool speaks = threadIdx.x % 128 == 0;
-        const u32 own_a = base + X_BYTES + group * (64 * 64);
-        const u32 own_places = base + X_BYTES + A_BYTES + group * TILE_PLACES;
-        const u64 x_tile = descriptor(base), z_tile = narrow_descriptor(base), a_tile = narrow_descriptor(own_a);
+        const u64 x_tile = descriptor(base), a_tile = descriptor(base + A_AT + group * (64 * 128));
+        const u32 own_places = base + A_AT + A_BYTES + group * (2 * PLACES);
         const u32 y = base + Y_AT + group * (BUFFERS * Y_PART);
         const u32 corner = 128 * (8 * (lane / 16) + lane % 8) +
                            16 * ((2 * (warp % 4) + lane / 8 % 2) ^ lane % 8);
-        int buffer = 0;
+        Ring<STAGES, X_BYTES> x_left;
+        Ring<A_STAGES, A_STAGE> a_left;
+        auto leave_x = [&]() {
+            if (lane < BLOCKS) arrive_at(empty + x_left.barrier, lane);
+            x_left.next();
+        };
+        auto leave_a = [&]() {
+            if (lane == 0) arrive(a_empty + a_left.barrier);
+            a_left.next();
+        };
         float sums[NT][4];
-        Stage last;
-        auto leave = [&]() {
-            if (lane < BLOCKS) arrive_at(empty + last.barrier, lane);
-            last.next();
+        u32 rounded[NT][2];
+        Place made = {-1, 0};  // the tile of what is rounded, if there is one
+        int buffer = 0;
+        auto give = [&](int part) {
+            const u32 to = y + buffer * Y_PART;
+            if (++buffer == BUFFERS) buffer = 0;
+            if (speaks) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BUFFERS - 1) : "memory");
+            asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+#pragma unroll
+            for (int n = 0; n < PART / 8; n += 2) {
+                const auto& tiles_of = rounded[part * (PART / 8) + n];
+                const auto& next_to_it = rounded[part * (PART / 8) + n + 1];
+                turn4(to + corner + 1024 * n, tiles_of[0], tiles_of[1], next_to_it[0], next_to_it[1]);
+            }
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+            if (!speaks) return;
+            return_box(arg.y_map, made.row + 64 * group, made.token + PART * part, to);
+            asm volatile("cp.async.bulk.commit_group;");
         };
         for (int number = blockIdx.x / BLOCKS; number < tiles; number += clusters) {
             const Place tile = place_of(arg, number, pairs, parts, block);
@@ -213,74 +244,70 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(arg.bias + own + 8 * i));
                     bias[i] = to_float(bits);
                 }
-            if (ADAPTED) {
-                for (int step = 0; step < before; ++step, stage.next()) {
-                    const u64 a = further(a_tile, stage.tiles), z = further(z_tile, stage.tiles);
-                    wait_for(full + stage.barrier, stage.parity);
-                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                    multiply_dense(sums, a, z, step);
-                    multiply_dense(sums, further(a, 32), further(z, 32), 1);
-                    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-                    leave();
-                }
+#if ADAPTED
+            for (int step = 0; step < before; ++step) {
+                const u64 up = further(a_tile, a.tile), z = further(x_tile, x.tile);
+                wait_for(a_full + a.barrier, a.parity);
+                wait_for(full + x.barrier, x.parity);
+                a.next(), x.next();
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                for (int k = 0; k < 4 && 64 * step + 16 * k < arg.rank; ++k)
+                    multiply_dense(sums, further(up, 32 * k), further(z, 32 * k), step + k);
+                asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+                leave_a(), leave_x();
+            }
+            if (arg.scale != 1) {
 #pragma unroll
                 for (int n = 0; n < NT; ++n)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) sums[n][i] *= arg.scale;
             }
-            // The tensor cores read the registers of two steps while those of the next are made ready.
-            u32 first = 0, second = 0, third = 0;
-            auto prepare = [&](u32& places) {
-                wait_for(full + stage.barrier, stage.parity);
-                places = places_of(own_places + stage.tiles);
+#endif
+            u32 even = 0, odd = 0;
+            auto prepare = [&](u32& places, int second) {
+                if (!second) wait_for(a_full + a.barrier, a.parity);
+                places = places_of(own_places + a.tile + second * PLACES);
+                wait_for(full + x.barrier, x.parity);
             };
-            auto add = [&](u32& places, u32& next, u32& before_it, int step) {
-                const u64 a = further(a_tile, stage.tiles), x = further(x_tile, stage.tiles);
+            // A step is left before the next is waited for: what takes its place is on its way the sooner.
+            auto add = [&](u32& places, u32& other, int step, int second, int part) {
+                const u64 w = further(a_tile, a.tile + 64 * second), at = further(x_tile, x.tile);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                multiply_sparse<0>(sums, a, x, places, ADAPTED || step);
-                multiply_sparse<1>(sums, further(a, 32), further(x, 64), places, 1);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                stage.next();
-                if (step + 1 < steps) prepare(next);
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                asm volatile("" : "+r"(before_it));
-                if (step) leave();
+                multiply_sparse<0>(sums, w, at, places, ADAPTED || step);
+                multiply_sparse<1>(sums, further(w, 32), further(at, 64), places, 1);
+                asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+                asm volatile("" : "+r"(other));  // which the tensor cores have read now
+                if (step) leave_x();
+                if (step && !second) leave_a();
+                if (part >= 0 && made.row >= 0) give(part);
+                x.next();
+                if (second) a.next();
+                if (step + 1 < steps) prepare(other, !second);
             };
-            prepare(first);
-            for (int step = 0;; step += 3) {
-                add(first, second, third, step);
-                if (step + 1 >= steps) break;
-                add(second, third, first, step + 1);
-                if (step + 2 >= steps) break;
-                add(third, first, second, step + 2);
-                if (step + 3 >= steps) break;
+            prepare(even, 0);
+#pragma unroll
+            for (int part = 0; part < PARTS; part += 2) {
+                add(even, odd, part, 0, part);
+                add(odd, even, part + 1, 1, part + 1);
+            }
+            for (int step = PARTS; step < steps; step += 2) {
+                add(even, odd, step, 0, -1);
+                if (step + 1 < steps) add(odd, even, step + 1, 1, -1);
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            asm volatile("" : "+r"(first), "+r"(second), "+r"(third));
-            leave();
+            asm volatile("" : "+r"(even), "+r"(odd));
+            leave_x(), leave_a();
+            if (steps % 2) a.next();
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                const u32 to = y + buffer * Y_PART;
-                if (++buffer == BUFFERS) buffer = 0;
-                if (speaks) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BUFFERS - 1) : "memory");
-                asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+            for (int n = 0; n < NT; ++n)
 #pragma unroll
-                for (int n = 0; n < PART / 8; n += 2) {
-                    u32 turned[4];
+                for (int i = 0; i < 2; ++i)
+                    rounded[n][i] = pair_of(sums[n][2 * i] + bias[i], sums[n][2 * i + 1] + bias[i]);
+            made = tile;
+        }
+        if (made.row >= 0) {
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const float(&sum)[4] = sums[part * (PART / 8) + n + j / 2];
-                        turned[j] = pair_of(sum[2 * (j % 2)] + bias[j % 2], sum[2 * (j % 2) + 1] + bias[j % 2]);
-                    }
-                    turn4(to + corner + 1024 * n, turned);
-                }
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-                if (speaks) {
-                    return_box(arg.y_map, tile.row + 64 * group, tile.token + PART * part, to);
-                    asm volatile("cp.async.bulk.commit_group;");
-                }
-            }
+            for (int part = 0; part < PARTS; ++part) give(part);
         }
         if (speaks) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     }

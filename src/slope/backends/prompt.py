@@ -17,7 +17,7 @@ from slope.backends import nvrtc
 
 _SOURCE = "prompt.cu"
 _CAPABILITY = (9, 0)  # wgmma of this one alone
-_BLOCKS = 2  # of a cluster
+_BLOCKS, _ROWS, _THREADS = 2, 128, 384  # of a cluster; outputs and threads of a block
 _PART = 64  # tokens of Y that leave shared memory together
 _BAND = 8  # pairs of tiles of outputs
 _ARGUMENTS = struct.Struct("2Q 5i f 24x")  # behind five ``CUtensorMap``
@@ -28,14 +28,16 @@ class PromptLaunch(NamedTuple):
 
     token_tiles: int = 32
     stages: int = 4
-    buffers: int = 3
-    groups: int = 2
+    a_stages: int = 3
+    part: int = 64
+    buffers: int = 1
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory."""
-        stage = -(-(8 * self.token_tiles * 128 + self.groups * 64 * (64 + 8)) // 1024) * 1024
-        return self.stages * (stage + 16) + self.groups * self.buffers * 128 * _PART
+        x, a = 128 * 8 * self.token_tiles, (128 + 16) * _ROWS
+        y = 2 * self.buffers * 128 * self.part
+        return self.stages * (x + 16) + self.a_stages * (a + 16) + y
 
 
 def constants(launch: PromptLaunch, dtype: torch.dtype, adapted: bool) -> dict[str, int | str]:
@@ -45,8 +47,9 @@ def constants(launch: PromptLaunch, dtype: torch.dtype, adapted: bool) -> dict[s
     return {
         "NT": launch.token_tiles,
         "STAGES": launch.stages,
+        "A_STAGES": launch.a_stages,
+        "PART": launch.part,
         "BUFFERS": launch.buffers,
-        "GROUPS": launch.groups,
         "ADAPTED": int(adapted),
         "BF16": int(dtype == torch.bfloat16),
         "SHAPE": f'"m64n{8 * launch.token_tiles}"',
@@ -83,7 +86,6 @@ def prompt_product(
     y = x.new_empty((tokens, out_features))
     if not y.numel():
         return y
-    rows = 64 * launch.groups
     gpu: Any = torch.cuda.get_device_properties(device)
     kind = "bf16" if x.dtype == torch.bfloat16 else "fp16"
 
@@ -96,21 +98,21 @@ def prompt_product(
     values = packed[: out_features * in_features // 2].view(out_features, in_features // 2)
     share = 8 * launch.token_tiles // _BLOCKS
     maps = (
-        made(values, in_features // 2, 32, rows)
+        made(values, in_features // 2, 64, _ROWS)
         + made(x, in_features, 64, share)
-        + made(y, out_features, 64, _PART)
-        + made(up, rank, 32, rows)
-        + made(z, rank, 32, share)
+        + made(y, out_features, 64, launch.part)
+        + made(up, rank, 64, _ROWS)
+        + made(z, rank, 64, share)
     )
     places = packed.data_ptr() + out_features * in_features
     argument = maps + _ARGUMENTS.pack(
         places, 0 if bias is None else bias.data_ptr(),
         tokens, out_features, in_features, rank, band, scale,
     )  # fmt: skip
-    tiles = -(-out_features // (_BLOCKS * rows)) * -(-tokens // (8 * launch.token_tiles))
+    tiles = -(-out_features // (_BLOCKS * _ROWS)) * -(-tokens // (8 * launch.token_tiles))
     clusters = min(tiles, gpu.multi_processor_count // _BLOCKS)
     _kernel(launch, x.dtype, up is not None, device)(
-        _BLOCKS * clusters, 128 * (launch.groups + 1), argument,
+        _BLOCKS * clusters, _THREADS, argument,
         torch._C._cuda_getCurrentRawStream(device), _BLOCKS, True,
     )  # fmt: skip
     return y
