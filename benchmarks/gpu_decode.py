@@ -32,6 +32,7 @@ from torch import Tensor
 from slope.backends import decoding_mma, ops
 from slope.backends.decoding import MAX_TOKENS
 from slope.backends.decoding_mma import MmaLaunch, decode_mma, why_no_mma
+from slope.backends.gemm import why_no_gemm
 from slope.backends.tuning import bucket
 from slope.bench.timing import Call, Clock, Deadline, Effort, Spread, interleave
 from slope.linear import SlopeLinear
@@ -113,7 +114,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES, help="d_out x d_in, comma separated")
     parser.add_argument("--tokens", default="1,8,16,32,64,128")
-    parser.add_argument("--paths", default="mma,cusparselt", help="of mma, triton, cusparselt")
+    parser.add_argument(
+        "--paths", default="mma,cusparselt", help="of mma, triton, gemm, cusparselt"
+    )
     parser.add_argument("--rank", type=float, default=0.0, help="of an adapter, as a share of d_in")
     parser.add_argument("--apart", action="store_true", help="another kernel before each product")
     parser.add_argument("--cuts", action="store_true", help="time other cuts of mma too")
@@ -259,6 +262,7 @@ def measure(
     unserved = {
         "triton": tokens > MAX_TOKENS,
         "mma": why_no_mma(bucket(tokens), out_features, in_features, *dtypes, 0) is not None,
+        "gemm": why_no_gemm(tokens, out_features, in_features, 0) is not None,
     }
     for path in options.paths.split(","):
         if not unserved.get(path):

@@ -15,7 +15,7 @@ METHODS = (
 )  # fmt: skip
 MASKS = ("magnitude", "random", "transposable", "wanda")
 ADAPTER_INITS = ("normal", "kaiming", "orthogonal")
-BACKENDS = ("auto", "dense", "cusparselt", "mma", "triton")
+BACKENDS = ("auto", "dense", "cusparselt", "gemm", "mma", "triton")
 # An example of each setting that is a number.
 _NUMBERS = {
     "seed": 0, "column_mask_interval": 100, "adapter_rank": 16, "adapter_scale": 0.0625,

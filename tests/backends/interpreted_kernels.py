@@ -161,6 +161,7 @@ def serve():
         mock.patch.object(ops, "_on_gpu", lambda tensor: True),
         mock.patch.object(ops, "_can_measure", lambda: True),
         mock.patch.object(ops, "why_no_cusparselt", lambda device, dtype: "not here"),
+        mock.patch.object(ops, "why_no_gemm", lambda *_: "not here"),
         mock.patch.object(ops, "tuner", lambda: SimpleNamespace(choose=lambda *_: Choice("dense"))),
         mock.patch.object(dispatch, "why_no_kernels", lambda pattern, dtype, device: None),
         mock.patch.object(

@@ -43,7 +43,7 @@ def touching_sums_in_flight(instructions):
         if product := re.search(r"HGMMA\S*64x(\d+)x\d+\S* R(\d+),", text):
             tokens, first = map(int, product.groups())
             in_flight |= set(range(first, first + tokens // 2))
-        elif "WARPGROUP.DEPBAR" in text:
+        elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in text:  # of 1 the last group is still at work
             in_flight = set()
         elif named & in_flight:
             found.append(text)

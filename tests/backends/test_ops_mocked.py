@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +14,6 @@ from slope.backends.choices import ChoiceStore
 from slope.backends.cusparselt import layout
 from slope.backends.cusparselt.binding import Library
 from slope.backends.cusparselt.plans import Products
-from slope.backends.nvrtc import NvrtcError
-from slope.backends.ops import CusparseltWay
 from slope.backends.tuning import Tuner
 from slope.compressed import compress, decompress, unpack_bits
 
@@ -57,7 +54,7 @@ def fake(tmp_path, monkeypatch):
         "why_no_cusparselt": lambda device, dtype: None,
         "why_no_decode": lambda tokens, in_features: "not here",
         "why_no_mma": lambda *_: "not here",
-        "_updates": lambda out_features, rank, device: False,
+        "why_no_gemm": lambda *_: "not here",
     }.items():  # fmt: skip
         monkeypatch.setattr(ops, name, value)
     library.products = products
@@ -135,68 +132,33 @@ def test_the_compiled_kernel_adds_the_adapter_if_it_splits_it(fake, monkeypatch,
     assert calls == [(name, rank if low else None) for name in (*offered, offered[0])]
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_behind_cusparselt_the_faster_of_the_kernel_and_cublas_adds_an_adapter(
-    fake, monkeypatch, tmp_path, faster
-):
-    updates = []
+@pytest.mark.parametrize("rank", [0, 3, 8])
+def test_the_kernel_for_many_tokens_adds_the_adapter_that_it_can_read(fake, monkeypatch, rank):
+    calls, asked = [], []
 
-    def update(y, z, up, scale):
-        updates.append(tuple(z.shape))
-        return y.addmm_(z, up.t(), alpha=scale)
+    def gemm(packed, x, bias, z, up, scale, out_features):
+        calls.append((None if z is None else tuple(z.shape), up is not None, out_features))
+        y = fake.products.matmul(packed, x, bias, out_features, None)
+        return y if up is None else y.addmm_(z, up.t(), alpha=scale)
 
-    def timer(calls, _):
-        return {name: 1.0 + (name.endswith("+update") != faster) for name in calls}
-
-    tuner = Tuner(ChoiceStore(tmp_path), {}, timer)
-    monkeypatch.setattr(ops, "tuner", lambda: tuner)
-    monkeypatch.setattr(ops, "rank_update", update)
-    monkeypatch.setattr(ops, "_updates", lambda outputs, rank, device: True)
-    _, given = operands(tokens=100, rank=8)
-    with torch.no_grad():
-        expected = torch.ops.slope.sparse_linear(*given)  # measured once: a call by each
-        assert updates == [(100, 8)] * (2 if faster else 1)
-        (file,) = tmp_path.glob("*.json")
-        kept = json.loads(file.read_text())["choice"]["algorithms"]["cusparselt"]
-        assert CusparseltWay.parse(kept).updates is faster
-        ops._chosen().clear()  # another process reads the choice
-        monkeypatch.setattr(ops, "tuner", lambda: Tuner(ChoiceStore(tmp_path), {}, None))
-        assert torch.equal(torch.ops.slope.sparse_linear(*given), expected)
-        assert len(updates) == (3 if faster else 1)
-        # A GPU that shares the choices and has no such kernel.
-        monkeypatch.setattr(ops, "_updates", lambda outputs, rank, device: False)
-        assert torch.equal(torch.ops.slope.sparse_linear(*given), expected)
-        assert len(updates) == (3 if faster else 1)
-
-
-def test_a_kernel_that_cannot_be_compiled_leaves_the_adapter_to_cublas(fake, monkeypatch):
-    def update(y, z, up, scale):
-        raise NvrtcError("NVRTC cannot compile rank_update.cu")
-
-    monkeypatch.setattr(ops, "rank_update", update)
-    monkeypatch.setattr(ops, "_updates", lambda outputs, rank, device: True)
-    layer, given = operands(tokens=100, rank=8)
-    term = slope.backends.AdapterTerm(*given[6:8], 0.5)
+    monkeypatch.setattr(ops, "gemm", gemm)
+    monkeypatch.setattr(ops, "why_no_gemm", lambda *case: asked.append(case))
+    layer, given = operands(tokens=100, rank=rank, only="gemm")
+    term = slope.backends.AdapterTerm(*given[6:8], 0.5) if rank else None
     with torch.no_grad():
         y = torch.ops.slope.sparse_linear(*given)
         expected = DenseBackend().forward(
             given[0], layer.compressed_weight(), layer.bias, adapter=term
         )
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=5e-2)
-    (choice,) = ops._chosen().values()
-    assert "+update" not in choice.algorithms["cusparselt"]
-
-
-def test_a_layer_without_an_adapter_or_where_the_kernel_cannot_serve_has_one_way(fake, monkeypatch):
-    asked = []
-    monkeypatch.setattr(ops, "_updates", lambda *case: asked.append(case))
-    for rank in (0, 8):
-        _, given = operands(tokens=100, rank=rank)
-        with torch.no_grad():
-            ops.sparse_linear(*given)
-    assert asked == [(64, 8, None)]
-    for choice in ops._chosen().values():
-        assert "+update" not in choice.algorithms["cusparselt"]
+    assert set(calls) == {((100, 8), True, 64) if rank == 8 else (None, False, 64)}
+    dy = torch.randn(100, 64, dtype=torch.bfloat16)
+    dx = torch.ops.slope.sparse_input_gradient(dy, *given[1:4], "gemm")
+    expected = DenseBackend().input_gradient(dy, layer.compressed_weight())
+    torch.testing.assert_close(dx, expected, rtol=2e-2, atol=5e-2)
+    assert calls[-1] == (None, False, 128)
+    # Of the bucket, so that all its numbers of tokens have the choice that one was measured for.
+    assert asked == [(128, 64, 128, None), (128, 128, 64, None)]
 
 
 def test_the_device_of_the_operands_is_the_current_one_in_every_launch(fake, monkeypatch):

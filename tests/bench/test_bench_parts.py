@@ -216,16 +216,6 @@ def test_the_decode_benchmark_says_what_it_needs(options, said):
     assert done.returncode == 2 and said in done.stderr
 
 
-def test_the_benchmark_of_updates_says_what_it_needs():
-    script = SCRIPT.with_name("gpu_rank_update.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    said = "it times kernels of an NVIDIA GPU, and torch finds none"
-    assert done.returncode == 2 and said in done.stderr
-
-
 def test_what_names_one_gpu_is_not_written() -> None:
     said = [
         "Driver Version                         : 580.159.04",

@@ -19,8 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import slope
-from slope.backends import decoding_mma, ops, rank_update, why_not_sparse_kernels
-from slope.backends.ops import CusparseltWay
+from slope.backends import decoding_mma, gemm, ops, why_not_sparse_kernels
 
 NO_KERNELS = why_not_sparse_kernels("2:4", "cuda")
 
@@ -113,69 +112,75 @@ def test_inference_with_an_adapter(tokens, rank):
     assert error(y, expected) < 1e-2
 
 
-@pytest.mark.skipif(
-    NO_KERNELS is None and rank_update.why_no_update(64, 64, 0) is not None,
-    reason="needs the kernel that updates by a rank",
+NO_GEMM = pytest.mark.skipif(
+    NO_KERNELS is None and gemm.why_no_gemm(4096, 4096, 4096, 0) is not None,
+    reason="needs the kernel for many tokens",
 )
+
+
+@NO_GEMM
 @pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("rank", [0, 8, 40, 144])
 @pytest.mark.parametrize(
-    ("tokens", "outputs", "rank"),
+    ("outputs", "inputs", "tokens"),
     [
-        (1, 8, 8), (63, 136, 8), (64, 128, 64), (65, 264, 72), (1000, 1024, 144), (257, 4096, 224),
-        (4100, 768, 256), (3, 14336, 64), (16384, 4096, 64), (9000, 9216, 144),
+        (64, 512, 1), (64, 576, 129), (128, 512, 256), (192, 704, 300), (320, 1088, 513),
+        (5056, 640, 3000), (768, 768, 40000), (36864, 512, 700), (640, 28672, 1000),
+        (4096, 4096, 16500),
     ],
 )  # fmt: skip
-def test_an_update_by_a_rank(tokens, outputs, rank, dtype):
+def test_a_product_of_many_tokens(outputs, inputs, tokens, rank, dtype):
+    layer = a_layer((outputs, inputs), values_dtype=dtype).requires_grad_(False)
+    packed = ops._kernels().pack_rows(layer.values, layer.metadata, dtype)
     settings = {"device": "cuda", "dtype": dtype}
-    x, weight = torch.randn(tokens, 64, **settings), torch.randn(outputs, 64, **settings)
-    z, up = torch.randn(tokens, rank, **settings), torch.randn(outputs, rank, **settings)
+    x = torch.randn(tokens, inputs, **settings)
+    down = torch.randn(rank, inputs, **settings) / inputs**0.5
+    up = torch.randn(rank, outputs, **settings).t()  # any strides
+    scale = 1.0 if rank == 40 else -0.75
+    expected = torch.nn.functional.linear(x.float(), layer.to_dense().float(), layer.bias.float())
+    if rank:
+        expected += scale * (x @ down.t()).float() @ up.float().t()
 
-    def updated():
-        # Right behind a kernel that still writes Y, and ahead of one that reads it.
-        return rank_update.rank_update(x @ weight.t(), z, up, -0.75) * 1.0
+    def product():
+        # Right behind a kernel that still writes X, and ahead of one that reads Y.
+        x_now, z = x * 1, (x @ down.t() if rank else None)
+        y = gemm.gemm(packed, x_now, layer.bias, z, up if rank else None, scale, outputs)
+        return y * 1
 
-    if rank == 72:  # any strides, and any address
-        up, z = (
-            up.t().contiguous().t(),
-            torch.cat((z[:1, :1].flatten(), z.flatten()))[1:].view_as(z),
-        )
-    expected = (x @ weight.t()).float() - 0.75 * (z.double() @ up.double().t()).float()
-    eager = updated()
+    eager = product()
     assert error(eager, expected) < ROUNDING[dtype] / 2
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        several = [updated() for _ in range(4)]
-    for _ in range(3):
+        several = [product() for _ in range(3)]
+    for _ in range(2):
         graph.replay()
     assert all(torch.equal(each, eager) for each in several)
 
 
-@pytest.mark.parametrize("updates", [False, True])
-@pytest.mark.parametrize("tokens", [100, 1000, 3000])
-def test_both_ways_to_add_an_adapter_behind_cusparselt(tokens, updates, monkeypatch):
-    if updates and rank_update.why_no_update(768, 48, 0):
-        pytest.skip("this GPU has no kernel that updates by a rank")
-    layer = a_layer((768, 512), values_dtype=torch.bfloat16, backend="cusparselt")
-    layer.add_adapter(48, scale=0.5)
+@NO_GEMM
+@pytest.mark.parametrize("values_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(576, 704), (1024, 4096), (2304, 768)], ids=str)
+def test_training_by_the_kernel_for_many_tokens(shape, values_dtype):
+    layer = a_layer(shape, values_dtype=values_dtype, backend="gemm")
+    for tokens in (190, 700):
+        with torch.autocast("cuda", torch.bfloat16):
+            assert_right(layer, tokens, torch.bfloat16)
+
+
+@NO_GEMM
+@pytest.mark.parametrize("rank", [12, 48])
+def test_an_adapter_with_a_product_of_many_tokens(rank):
+    """Of rank 12 cuBLAS adds it, since rows of its factors have no whole 16 bytes."""
+    layer = a_layer((768, 512), values_dtype=torch.bfloat16, backend="gemm").requires_grad_(False)
+    layer.add_adapter(rank, scale=0.5)
+    slope.activate_adapters(layer)
+    x = torch.randn(3000, 512, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         layer.adapter.up.normal_()
-    slope.activate_adapters(layer)
-    calls = []
-
-    parsed = CusparseltWay.parse
-    way = staticmethod(lambda name: parsed(name)._replace(updates=updates))
-    monkeypatch.setattr(CusparseltWay, "parse", way)
-    monkeypatch.setattr(
-        ops, "rank_update", lambda *a: calls.append(a) or rank_update.rank_update(*a)
-    )
-    x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        y = layer(x)
         low = (x.double() @ layer.adapter.down.double().t()).bfloat16().double()
         expected = x.double() @ layer.to_dense().double().t() + layer.bias.double()
         expected += 0.5 * low @ layer.adapter.up.double().t()
-    assert error(y, expected) < ROUNDING[torch.bfloat16]
-    assert bool(calls) is updates
+        assert error(layer(x), expected) < ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize("backend", ["mma", "triton"])

@@ -18,7 +18,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-VERSION = 8
+VERSION = 9
 
 
 def default_folder() -> Path:

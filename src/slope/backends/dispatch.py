@@ -18,7 +18,7 @@ from slope.backends.dense import DenseBackend
 from slope.backends.support import KERNEL_DTYPES, KERNEL_PATTERN, why_no_kernels
 from slope.pattern import NMPattern
 
-PATHS = ("cusparselt", "mma", "triton")
+PATHS = ("cusparselt", "gemm", "mma", "triton")
 
 
 class AutoBackend:

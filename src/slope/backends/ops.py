@@ -31,44 +31,13 @@ from slope.backends.decoding_mma import (
     why_no_mma,
 )
 from slope.backends.dense import DenseBackend
-from slope.backends.rank_update import rank_update, why_no_update
+from slope.backends.gemm import gemm, takes_adapter, why_no_gemm
 from slope.backends.support import machine, why_no_cusparselt
 from slope.backends.tuning import DECODE_PATHS, Choice, ProductKey, Tuner, bucket
 
 _REFERENCE = DenseBackend()
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-
-class CusparseltWay(NamedTuple):
-    """How cuSPARSELt does a product; :mod:`.tuning` keeps its name as the algorithm.
-
-    Attributes:
-        algorithm: the library's algorithm id, None for its default.
-        updates: whether our own kernel adds an adapter behind it, else cuBLAS.
-
-    Example:
-        >>> str(CusparseltWay(17, updates=True))
-        '17+update'
-        >>> CusparseltWay.parse("default")
-        CusparseltWay(algorithm=None, updates=False)
-    """
-
-    algorithm: int | None = None
-    updates: bool = False
-
-    def __str__(self) -> str:
-        """The name under which it is kept and reported."""
-        return (
-            f"{'default' if self.algorithm is None else self.algorithm}{'+update' * self.updates}"
-        )
-
-    @classmethod
-    @functools.cache
-    def parse(cls, name: str | None) -> CusparseltWay:
-        """The inverse of ``str``; None, where nothing was measured, is the default."""
-        number, _, update = (name or "default").partition("+")
-        return cls(None if number == "default" else int(number), bool(update))
 
 
 class Product(NamedTuple):
@@ -156,18 +125,19 @@ def sparse_linear_forward(
     def operand() -> Tensor:
         return _kernels().pack_rows(values, metadata, x.dtype) if packed is None else packed
 
-    def with_adapter(y: Tensor, updates: bool = False) -> Tensor:
+    def with_adapter(y: Tensor) -> Tensor:
         if down is None or up is None:
             return y
         # cuSPARSELt could add it as beta * C, but then takes 1.27 to 1.45 times as long at best.
-        z = x @ down.t()
-        return rank_update(y, z, up, scale) if updates else y.addmm_(z, up.t(), alpha=scale)
+        return y.addmm_(x @ down.t(), up.t(), alpha=scale)
 
-    def cusparselt(name: str | None) -> Tensor:
-        way = CusparseltWay.parse(name)
-        y = _products().matmul(operand(), x, bias, out_features, way.algorithm)
-        # A choice may be another GPU's, or older than what is missing here.
-        return with_adapter(y, way.updates and _updates(out_features, rank, x.device.index))
+    def cusparselt(algorithm: int | None) -> Tensor:
+        return with_adapter(_products().matmul(operand(), x, bias, out_features, algorithm))
+
+    def own(_: None) -> Tensor:
+        if down is None or not takes_adapter(rank):
+            return with_adapter(gemm(operand(), x, bias, None, None, scale, out_features))
+        return gemm(operand(), x, bias, x @ down.t(), up, scale, out_features)
 
     def dense(_: None) -> Tensor:
         w_r = _kernels().expand(values, metadata, None, x.dtype)
@@ -182,12 +152,8 @@ def sparse_linear_forward(
             return decode_mma(x, values, metadata, bias, down, up, scale, launch)
         return with_adapter(decode_mma(x, values, metadata, bias, None, None, scale, launch))
 
-    def search() -> list[str]:
-        found = _products().search(operand(), _padded(x), bias, out_features)
-        both = rank > 0 and _updates(out_features, rank, x.device.index)
-        return [
-            str(CusparseltWay(found, updates)) for updates in ((False, True) if both else (False,))
-        ]
+    def search() -> list[int | None]:
+        return [_products().search(operand(), _padded(x), bias, out_features)]
 
     def cuts() -> list[str]:
         return launches(bucket(x.shape[0]), out_features, in_features, rank, x.device.index)
@@ -198,7 +164,7 @@ def sparse_linear_forward(
         packed is not None, rank, only, x.device,
     )  # fmt: skip
     paths: dict[str, Callable[[Any], Tensor]] = {
-        "cusparselt": cusparselt, "mma": mma, "triton": triton, "dense": dense
+        "cusparselt": cusparselt, "gemm": own, "mma": mma, "triton": triton, "dense": dense
     }  # fmt: skip
     return _run(product, paths, {"cusparselt": search, "mma": cuts})
 
@@ -228,21 +194,25 @@ def sparse_input_gradient_forward(
     def operand() -> Tensor:
         return _kernels().pack_columns(values, metadata, column_mask, dy.dtype)
 
-    def cusparselt(name: str | None) -> Tensor:
-        algorithm = CusparseltWay.parse(name).algorithm
+    def cusparselt(algorithm: int | None) -> Tensor:
         return _products().matmul(operand(), dy, None, in_features, algorithm)
+
+    def own(_: None) -> Tensor:
+        return gemm(operand(), dy, None, None, None, 1.0, in_features)
 
     def dense(_: None) -> Tensor:
         return dy @ _kernels().expand(values, metadata, column_mask, dy.dtype)
 
-    def search() -> list[str]:
-        return [str(CusparseltWay(_products().search(operand(), _padded(dy), None, in_features)))]
+    def search() -> list[int | None]:
+        return [_products().search(operand(), _padded(dy), None, in_features)]
 
     product = Product(
         "input_gradient", out_features, in_features, dy.shape[0], dy.dtype, values.dtype,
         False, 0, only, dy.device,
     )  # fmt: skip
-    paths: dict[str, Callable[[Any], Tensor]] = {"cusparselt": cusparselt, "dense": dense}
+    paths: dict[str, Callable[[Any], Tensor]] = {
+        "cusparselt": cusparselt, "gemm": own, "dense": dense
+    }  # fmt: skip
     return _run(product, paths, {"cusparselt": search})
 
 
@@ -364,6 +334,11 @@ def _why_not(path: str, product: Product) -> str | None:
             bucket(product.tokens), product.out_features, product.in_features, product.dtype,
             product.values_dtype, product.device.index,
         )  # fmt: skip
+    if path == "gemm":
+        rows, columns = product.out_features, product.in_features
+        if product.operation == "input_gradient":
+            rows, columns = columns, rows
+        return why_no_gemm(bucket(product.tokens), rows, columns, product.device.index)
     if path == "triton":
         return why_no_decode(product.tokens, product.in_features)
     if path == "cusparselt":
@@ -378,12 +353,6 @@ def _why_not(path: str, product: Product) -> str | None:
 def _chosen() -> dict[Product, Choice]:
     """Choices by the exact product, so that a known one costs one look-up."""
     return {}
-
-
-@functools.cache
-def _updates(out_features: int, rank: int, device: int) -> bool:
-    """Whether the kernel that updates by a rank serves here."""
-    return why_no_update(out_features, rank, device) is None
 
 
 def _on_gpu(tensor: Tensor) -> bool:

@@ -78,7 +78,9 @@ class Choice:
     def reason(self) -> str:
         """One line for a report."""
         times = sorted(self.microseconds.items(), key=lambda pair: pair[1])
-        named = {path: f"{path} ({name})" for path, name in self.algorithms.items()}
+        named = {
+            path: f"{path} ({name})" for path, name in self.algorithms.items() if name is not None
+        }
         text = ", ".join(f"{named.get(path, path)} {time:.1f} µs" for path, time in times)
         by_reason: dict[str, list[str]] = {}
         for path, why in self.refused.items():

@@ -18,19 +18,21 @@
 // leaves a step when the next one has begun. A block makes several tiles one after another, and Y of one
 // leaves it rounded, in parts, while the tensor cores are at work on the first steps of the next.
 //
-// W^R is cuSPARSELt's operand: kept values row by row, then metadata in tiles of 64 rows by 64 columns of
-// 512 bytes.
+// W^R, or W^{R,C} transposed for the input gradient, is cuSPARSELt's operand: kept values row by row, then
+// metadata in tiles of 64 rows by 64 columns.
 
 #include "tiles.cuh"
 
 constexpr int GROUPS = 2, BLOCKS = 2;  // of a block, of a cluster
 constexpr int TOKENS = 8 * NT, ROWS = 64 * GROUPS, THREADS = 128 * GROUPS;
-constexpr int X_BYTES = 128 * TOKENS, A_BYTES = 128 * ROWS, PLACES = 512;
+constexpr int X_BYTES = 128 * TOKENS, A_BYTES = 128 * ROWS;
+constexpr int PLACES = 512;  // bytes of a tile of metadata
 constexpr int A_STAGE = A_BYTES + 2 * GROUPS * PLACES;
 constexpr int PARTS = TOKENS / PART, Y_PART = 128 * PART;
 constexpr int A_AT = STAGES * X_BYTES, Y_AT = A_AT + A_STAGES * A_STAGE;
 constexpr int BARRIERS = Y_AT + GROUPS * BUFFERS * Y_PART;  // begin there
-static_assert(A_STAGE % 1024 == 0 && TOKENS % PART == 0 && PART % 16 == 0, "eights of rows are swapped");
+static_assert(TOKENS % PART == 0 && PART % 16 == 0, "a part of Y has whole tiles of 16 tokens");
+static_assert(A_STAGE % 1024 == 0 && X_BYTES / BLOCKS % 1024 == 0, "eights of rows are swapped");
 static_assert(PARTS % 2 == 0, "parts of Y go out beside pairs of steps");
 
 struct Arguments {
@@ -67,6 +69,9 @@ __device__ __forceinline__ void multiply_dense(float (&d)[NT][4], u64 a, u64 b, 
                  : SUMS
                  : "l"(a), "l"(b), "r"(add));
 }
+
+// The compiler may not move what uses the sums to before this place.
+__device__ __forceinline__ void hold(float (&d)[NT][4]) { asm volatile("" : SUMS); }
 
 // A box into the same place of both blocks, whose barriers count it.
 __device__ __forceinline__ void copy_to_both(u32 to, const Map& map, int column, int row, u32 barrier) {
@@ -138,7 +143,7 @@ __device__ __forceinline__ Place place_of(const Arguments& arg, int number, int 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
-    slope_prompt(const __grid_constant__ Arguments arg) {
+    slope_gemm(const __grid_constant__ Arguments arg) {
     extern __shared__ __align__(1024) char memory[];
     const u32 base = shared_address(memory), full = base + BARRIERS, empty = full + 8 * STAGES;
     const u32 a_full = empty + 8 * STAGES, a_empty = a_full + 8 * A_STAGES;
@@ -161,22 +166,23 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     Ring<STAGES, X_BYTES> x;
     Ring<A_STAGES, A_STAGE> a;
     if (warp >= THREADS / 32) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         for (int number = blockIdx.x / BLOCKS; warp == THREADS / 32 && lane == 0 && number < tiles;
              number += clusters) {
             const Place tile = place_of(arg, number, pairs, parts, block);
             const int own = tile.token + block * (TOKENS / BLOCKS);
             const int there = min(GROUPS, max(0, (arg.outputs - tile.row + 63) / 64));
             const char* places = arg.places + static_cast<long long>(tile.row / 64) * steps * PLACES;
-            auto copy_a = [&](const Map& map, int column, int wide) {
+            // Beside W^R the metadata of so many steps, none beside up.
+            auto copy_a = [&](const Map& map, int column, int metadata) {
                 const u32 to = base + A_AT + a.tile, done = a_full + a.barrier;
                 wait_for(a_empty + a.barrier, a.parity ^ 1);
-                expect(done, A_BYTES + there * wide * PLACES);
+                expect(done, A_BYTES + there * metadata * PLACES);
                 copy_box(to, map, column, tile.row, done);
-                for (int g = 0; wide && g < there; ++g)
+                for (int g = 0; metadata && g < there; ++g)
                     copy_bytes(to + A_BYTES + g * (2 * PLACES),
                                places + (static_cast<long long>(g) * steps + column / 32) * PLACES,
-                               wide * PLACES, done);
+                               metadata * PLACES, done);
                 a.next();
             };
             auto copy_x = [&](const Map& map, int column) {
@@ -195,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         const int group = warp / 4;
         const bool speaks = threadIdx.x % 128 == 0;
         const u64 x_tile = descriptor(base), a_tile = descriptor(base + A_AT + group * (64 * 128));
@@ -215,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         };
         float sums[NT][4];
         u32 rounded[NT][2];
-        Place made = {-1, 0};  // the tile of what is rounded, if there is one
+        Place made = {-1, 0};  // the tile of what is rounded, none before the first
         int buffer = 0;
         auto give = [&](int part) {
             const u32 to = y + buffer * Y_PART;
@@ -256,6 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                 asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
                 leave_a(), leave_x();
             }
+            hold(sums);
             if (arg.scale != 1) {
 #pragma unroll
                 for (int n = 0; n < NT; ++n)
@@ -296,6 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             asm volatile("" : "+r"(even), "+r"(odd));
+            hold(sums);
             leave_x(), leave_a();
             if (steps % 2) a.next();
 #pragma unroll
@@ -305,12 +313,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                     rounded[n][i] = pair_of(sums[n][2 * i] + bias[i], sums[n][2 * i + 1] + bias[i]);
             made = tile;
         }
-        if (made.row >= 0) {
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) give(part);
-        }
+        for (int part = 0; part < PARTS; ++part) give(part);
         if (speaks) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     }
     __syncwarp();
-    cluster_meet();  // a block that is gone cannot be copied to
+    cluster_meet();  // until the other has arrived at the last barrier of this one
 }

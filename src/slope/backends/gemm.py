@@ -1,0 +1,167 @@
+"""A product of many tokens on sparse tensor cores: ``gemm.cu``, compiled when it is first needed.
+
+It takes cuSPARSELt's operand, and adds an adapter with the same sums, which cuSPARSELt cannot. T
+tokens, I = d_in, O = d_out, R rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slope.backends import nvrtc
+from slope.backends.cusparselt.layout import TILE_COLUMNS, fits
+
+_SOURCE = "gemm.cu"
+_CAPABILITY = (9, 0)  # wgmma of this one alone
+_BLOCKS, _ROWS, _THREADS = 2, 128, 384  # of a cluster; outputs and threads of a block
+_TOKENS = 256  # of a block
+_STAGES, _A_STAGES = 5, 3  # tiles of X and of W^R in flight
+_PART, _BUFFERS = 32, 1  # tokens of Y that leave together, and how many of these at once
+_BAND = 8  # pairs of tiles of outputs; 16 took as long, 2 up to 8 % longer
+_RANK_MULTIPLE = 8  # TMA wants rows of whole 16 bytes
+_SHARED = (
+    _STAGES * (128 * _TOKENS + 16)
+    + _A_STAGES * ((128 + 16) * _ROWS + 16)
+    + 2 * _BUFFERS * 128 * _PART
+)
+_ARGUMENTS = struct.Struct("2Q 5i f 24x")  # behind five ``CUtensorMap``, a multiple of 64 bytes
+FEWEST_TOKENS = _TOKENS // 2 + 1
+LEAST_COLUMNS = TILE_COLUMNS * _TOKENS // _PART
+"""Of the operand: parts of Y leave beside a tile's first steps, which must be as many."""
+
+
+def why_no_gemm(tokens: int, out_features: int, in_features: int, device: int) -> str | None:
+    """Reason why :func:`gemm` cannot serve, or None.
+
+    Args:
+        tokens: the bucket of T.
+        out_features: rows of the operand.
+        in_features: its columns, before it was compressed.
+        device: index of the GPU.
+    """
+    if torch.cuda.get_device_capability(device) != _CAPABILITY:
+        return "the kernel is made for compute capability 9.0"
+    if reason := nvrtc.why_missing():
+        return reason
+    if not fits(out_features, in_features):
+        return f"the operand has whole tiles of 64, the layer is {out_features} x {in_features}"
+    if in_features < LEAST_COLUMNS:
+        return f"{in_features} columns, the kernel takes {LEAST_COLUMNS} or more"
+    if tokens < FEWEST_TOKENS:
+        return f"{tokens} tokens would leave half of the kernel's tiles of {_TOKENS} empty"
+    return None
+
+
+def takes_adapter(rank: int) -> bool:
+    """Whether :func:`gemm` can add an adapter of this rank."""
+    return rank > 0 and rank % _RANK_MULTIPLE == 0
+
+
+def constants(dtype: torch.dtype, adapted: bool) -> dict[str, int | str]:
+    """What ``gemm.cu`` is compiled with."""
+    tiles = _TOKENS // 8
+    sums = 4 * tiles
+    given = [f"%{i}" for i in range(sums + 5)]
+    a, x, *rest = given[sums:]
+    return {
+        "NT": tiles,
+        "STAGES": _STAGES,
+        "A_STAGES": _A_STAGES,
+        "PART": _PART,
+        "BUFFERS": _BUFFERS,
+        "ADAPTED": int(adapted),
+        "BF16": int(dtype == torch.bfloat16),
+        "SHAPE": f'"m64n{_TOKENS}"',
+        "SUMS": ", ".join(f'"+f"(d[{tile}][{i}])' for tile in range(tiles) for i in range(4)),
+        "OPERANDS": f'"{{{", ".join(given[:sums])}}}, {a}, {x}"',
+        "METADATA": f'"{rest[0]}, {rest[1]}"',
+        "ADD": f'"{rest[2]}"',
+        "DENSE_ADD": f'"{rest[0]}"',
+    }
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, adapted: bool, device: int) -> nvrtc.Kernel:
+    return nvrtc.Kernel(_SOURCE, "slope_gemm", constants(dtype, adapted), _SHARED, suffix="a")
+
+
+def gemm(
+    packed: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    up: Tensor | None,
+    scale: float,
+    out_features: int,
+) -> Tensor:
+    """``Y = X (W^R)ᵀ + b [+ scale * Z upᵀ]`` in one launch; sums in fp32, rounded once.
+
+    The caller has asked :func:`why_no_gemm` and, with an adapter, :func:`takes_adapter`; tensors
+    are on the current GPU.
+
+    Args:
+        packed: (9/16 * O * I,), cuSPARSELt's operand, bf16 or fp16.
+        x: (T, I), dtype of ``packed``. All matrices are copied that are not contiguous or begin at
+            no multiple of 16 bytes.
+        bias: (O,), likewise, or None.
+        z: (T, R), X downᵀ, likewise, or None.
+        up: (O, R), likewise, or None.
+        scale: of the adapter.
+        out_features: O.
+
+    Returns:
+        (T, O), dtype of ``x``.
+
+    Raises:
+        ValueError: if the operand is too narrow or has no whole tiles.
+        RuntimeError: if the kernel cannot be compiled, loaded or launched.
+    """
+    tokens, in_features = x.shape
+    if in_features < LEAST_COLUMNS or not fits(out_features, in_features):
+        raise ValueError(
+            f"an operand of {out_features} x {in_features} has fewer than {LEAST_COLUMNS} columns "
+            "or no whole tiles of 64; use another path"
+        )
+    y = x.new_empty((tokens, out_features))
+    if not y.numel():
+        return y
+    device = x.device.index
+    packed, x = _readable(packed), _readable(x)
+    bias = None if bias is None else bias.contiguous()
+    values = packed[: out_features * in_features // 2].view(out_features, in_features // 2)
+    z, up = (None if each is None else _readable(each) for each in (z, up))
+    share = _TOKENS // _BLOCKS
+    boxes = (values, _ROWS), (x, share), (y, _PART), (up, _ROWS), (z, share)
+    maps = b"".join(bytes(128) if each is None else _map(each, rows) for each, rows in boxes)
+    argument = maps + _ARGUMENTS.pack(
+        packed.data_ptr() + 2 * values.numel(), 0 if bias is None else bias.data_ptr(),
+        tokens, out_features, in_features, 0 if up is None else up.shape[1], _BAND, scale,
+    )  # fmt: skip
+    tiles = -(-out_features // (_BLOCKS * _ROWS)) * -(-tokens // _TOKENS)
+    gpu: Any = torch.cuda.get_device_properties(device)
+    clusters = max(1, min(tiles, gpu.multi_processor_count // _BLOCKS))
+    _kernel(x.dtype, up is not None, device)(
+        _BLOCKS * clusters, _THREADS, argument, torch._C._cuda_getCurrentRawStream(device),
+        cluster=_BLOCKS, early=True,
+    )  # fmt: skip
+    return y
+
+
+def _readable(matrix: Tensor) -> Tensor:
+    """As the tensor memory accelerator reads it: contiguous, from a multiple of 16 bytes on."""
+    if matrix.is_contiguous() and matrix.data_ptr() % 16 == 0:
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _map(matrix: Tensor, rows: int) -> bytes:
+    """Of boxes of 64 columns."""
+    kind = "bf16" if matrix.dtype == torch.bfloat16 else "fp16"
+    height, width = matrix.shape
+    pitch = width * matrix.itemsize
+    return nvrtc.tensor_map(matrix.data_ptr(), kind, width, height, pitch, 64, rows)
