@@ -187,7 +187,7 @@ def refusal(tokens=1, shape=(64, 128), dtype=BF16, values=BF16):
 def test_refusals_with_wgmma(hopper):
     assert refusal(65) is refusal(1024) is refusal(4096) is None
     assert refusal(8192) == "8192 tokens, the decode kernel takes up to 4096"
-    for tokens, outputs in ((1024, 50304), (2048, 2048), (4096, 1024)):
+    for tokens, outputs in ((1024, 50304), (2048, 3072), (4096, 1536)):
         assert refusal(tokens, (outputs, 128)) is None
         wider = refusal(max(tokens, 2048), (outputs + 64, 128))
         most = {2048: 1024, 4096: 2048}[max(tokens, 2048)]

@@ -161,8 +161,8 @@ def test_a_product_of_many_tokens(outputs, inputs, tokens, rank, dtype):
 @pytest.mark.parametrize("values_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(576, 704), (1024, 4096), (2304, 768)], ids=str)
 def test_training_by_the_kernel_for_many_tokens(shape, values_dtype):
-    layer = a_layer(shape, values_dtype=values_dtype, backend="gemm")
     for tokens in (190, 700):
+        layer = a_layer(shape, values_dtype=values_dtype, backend="gemm")
         with torch.autocast("cuda", torch.bfloat16):
             assert_right(layer, tokens, torch.bfloat16)
 
@@ -249,7 +249,7 @@ def test_every_cut_of_the_compiled_decode_kernel(splits, rank):
                 low = (x.double() @ down.double().t()).to(x.dtype).double()
                 expected += 0.1 * low @ up.double().t()
             for cut in decoding_mma.cuts_for(most, 0):
-                if cut.tma != (inputs == 1664):  # divisible by 128
+                if cut.tma != (inputs == 1664) or (cut.stays and splits > 1):  # divisible by 128
                     continue
                 launch = cut._replace(splits=splits, low_splits=min(splits, 3) if rank else 0)
                 given = x, layer.values, layer.metadata, layer.bias, down, up, 0.1, launch

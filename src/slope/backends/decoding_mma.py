@@ -134,7 +134,7 @@ _GROUPED = {
 _GROUPED_ALONE_FROM = 33
 _TMA_ALONE_FROM = 17
 # Beyond so many tokens it competes for a small Y alone: at larger ones it was no faster.
-_MANY_TOKENS, _MOST_RESULTS = 1024, 1 << 22
+_MANY_TOKENS, _MOST_RESULTS = 1024, 6 << 20
 
 
 # ``struct Arguments`` of the source; with TMA five ``CUtensorMap`` come first.
