@@ -520,13 +520,7 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][NT][4], float factor)
             for (int i = 0; i < 4; ++i) sums[m][n][i] *= factor;
 }
 
-// Four or two tiles of 8 outputs x 8 tokens, turned, so that a row of 16 bytes has 8 outputs of a token.
-__device__ __forceinline__ void turn4(u32 to, const u32 (&tiles)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-                 "r"(tiles[0]), "r"(tiles[1]), "r"(tiles[2]), "r"(tiles[3])
-                 : "memory");
-}
-
+// Two tiles, where their number is odd.
 __device__ __forceinline__ void turn2(u32 to, const u32 (&tiles)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to),
                  "r"(tiles[0]), "r"(tiles[1])
@@ -601,7 +595,7 @@ __device__ __forceinline__ void write_boxes(const Arguments& arg, char* memory, 
                 const float bias = j % 2 ? high : low;
                 tiles[j] = pair_of(sum[2 * (j % 2)] + bias, sum[2 * (j % 2) + 1] + bias);
             }
-            if (n + 1 < NT) turn4(at + 1024 * n, tiles);
+            if (n + 1 < NT) turn4(at + 1024 * n, tiles[0], tiles[1], tiles[2], tiles[3]);
             else turn2(at + 1024 * n, tiles);
         }
     }

@@ -98,13 +98,6 @@ __device__ __forceinline__ void cluster_meet() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Four tiles of 8 outputs x 8 tokens, turned, so that a row of 16 bytes has 8 outputs of a token.
-__device__ __forceinline__ void turn4(u32 to, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
-}
-
 // This lane's metadata of a step. Bytes are group 0 of rows g and g + 8, group 4 of these, group 1 and so on:
 // a lane wants four groups of row g below, of row g + 8 above. The first two lanes of four have those of the
 // first 32 columns, the others those of the rest.

@@ -71,6 +71,13 @@ __device__ __forceinline__ void return_box(const Map& map, int column, int row, 
                  : "memory");
 }
 
+// Four tiles of 8 outputs x 8 tokens, turned, so that a row of 16 bytes has 8 outputs of a token.
+__device__ __forceinline__ void turn4(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
 // Of a tile, K beside K in 128 bytes, rows swapped by eights, for wgmma.
 __device__ __forceinline__ u64 descriptor(u32 at) {
     return static_cast<u64>((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
