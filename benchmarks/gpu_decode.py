@@ -262,7 +262,7 @@ def measure(
     unserved = {
         "triton": tokens > MAX_TOKENS,
         "mma": why_no_mma(bucket(tokens), out_features, in_features, *dtypes, 0) is not None,
-        "gemm": why_no_gemm(tokens, out_features, in_features, 0) is not None,
+        "gemm": why_no_gemm(bucket(tokens), out_features, in_features, 0) is not None,
     }
     for path in options.paths.split(","):
         if not unserved.get(path):

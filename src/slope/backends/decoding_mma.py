@@ -111,7 +111,7 @@ class MmaLaunch(NamedTuple):
 
 # What competes for up to so many tokens: on an H200 each was the fastest at one of 14 shapes from
 # 768 x 768 to 50304 x 4096 (benchmarks/gpu_decode.py --cuts), or serves shapes that TMA does not.
-# Of more than 128 tokens those that together were within 3 % of the fastest everywhere.
+# Of more than 128 tokens those that together were within 3 % of the fastest, timed for themselves.
 _CUTS = {
     8: "1.1.1.8.3 1.1.1.4.4 1.1.2.2.3",
     16: "2.1.1.4.4 2.2.1.8.3 2.1.2.2.4 2.2.2.2.3",

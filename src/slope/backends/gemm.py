@@ -22,7 +22,7 @@ _BLOCKS, _ROWS, _THREADS = 2, 128, 384  # of a cluster; outputs and threads of a
 _TOKENS = 256  # of a block
 _STAGES, _A_STAGES = 5, 3  # tiles of X and of W^R in flight
 _PART, _BUFFERS = 32, 1  # tokens of Y that leave together, and how many of these at once
-_BAND = 8  # pairs of tiles of outputs; 16 took as long, 2 up to 8 % longer
+_BAND = 8  # pairs of tiles of outputs; 16 took as long, 2 up to 9 % longer
 _RANK_MULTIPLE = 8  # TMA wants rows of whole 16 bytes
 _SHARED = (
     _STAGES * (128 * _TOKENS + 16)
