@@ -22,8 +22,8 @@ def get_backend(name: str, prune_backward: bool = True) -> Backend:
     """The backend of that name; ``"auto"`` takes the fastest that serves a product.
 
     Args:
-        name: ``"auto"``, ``"dense"``, ``"cusparselt"``, ``"gemm"``, or ``"mma"`` or ``"triton"``,
-            which do the forward of a few tokens alone.
+        name: ``"auto"``, ``"dense"``, ``"cusparselt"``, ``"gemm"`` for many tokens, or ``"mma"`` or
+            ``"triton"`` for the forward of a few.
         prune_backward: False for layers whose column mask keeps everything.
 
     Raises:
