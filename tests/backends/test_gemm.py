@@ -15,10 +15,11 @@ import slope
 from slope.backends import gemm as module
 from slope.backends import nvrtc
 from slope.backends.cusparselt import layout
-from slope.backends.gemm import gemm, takes_adapter, why_no_gemm
+from slope.backends.gemm import gemm, takes_adapter, takes_scale, why_no_gemm
 
 SOURCE = Path(module.__file__).with_name("gemm.cu").read_text()
-MAPS = 5 * 128
+MAPPED = "values", "x", "y", "up", "z", "down", "z_out"
+MAPS = 128 * len(MAPPED)
 
 
 @pytest.fixture
@@ -39,7 +40,9 @@ def test_it_compiles_and_keeps_its_sums_in_registers(compiler, tmp_path, adapted
     products = [line for line in lines if "HGMMA" in line and "HGMMA.64x8x16.F16 RZ" not in line]
     assert all(kind in line for line in products)
     sparse = [line for line in products if "HGMMA.SP.64x256x32" in line]
-    assert len(products) > len(sparse) if adapted else len(products) == len(sparse)
+    # Four products are a step of up, and four each of the two steps of down of 64 ranks.
+    dense = [sum(shape in line for line in products) for shape in ("64x256x16", "64x128x16")]
+    assert dense == ([4, 8] if adapted else [0, 0])
     # A step has two products, and steps that give a part of Y away are written out.
     assert len(sparse) == 2 * (module._TOKENS // module._PART + 2)
     assert stack_of(path) == 0
@@ -62,11 +65,12 @@ def test_parts_that_cannot_leave_are_refused(compiler, changed, said):
 
 def test_the_launch_packs_the_fields_of_the_source():
     body = re.sub("//.*", "", re.search(r"struct Arguments \{(.*?)\n\};", SOURCE, re.DOTALL)[1])
-    assert re.findall(r"Map (\w+);", body) == [f"{m}_map" for m in ("values", "x", "y", "up", "z")]
-    fields = "places bias tokens outputs inputs rank band scale"
-    assert re.findall(r"(\w+)[,;]", body)[5:] == fields.split()
+    assert re.findall(r"Map (\w+);", body) == [f"{m}_map" for m in MAPPED]
+    fields = "places bias made tokens outputs inputs rank band scale"
+    assert re.findall(r"(\w+)[,;]", body)[len(MAPPED) :] == fields.split()
     assert module._ARGUMENTS.size == 64  # as compilers lay it out, where maps are aligned so
-    sizes = {name: int(n) for name, n in re.findall(r"(GROUPS|BLOCKS) = (\d+)", SOURCE)}
+    sizes = {name: int(n) for name, n in re.findall(r"(GROUPS|BLOCKS|RANKS) = (\d+)", SOURCE)}
+    assert sizes.pop("RANKS") == module._RANKS
     assert sizes == {"GROUPS": module._ROWS // 64, "BLOCKS": module._BLOCKS}
     assert 128 * (sizes["GROUPS"] + 1) == module._THREADS
 
@@ -88,10 +92,13 @@ def place_of(number, pairs, parts, block, band):
 
 
 class Blocks:
-    """Stands for the compiled kernel: does on the CPU what each block does, by the same numbers."""
+    """Stands for the compiled kernel: what each block makes and what it waits for, by the same numbers.
+
+    Clusters take turns, a work each; one that waits for Z is left for a later turn.
+    """
 
     def __init__(self, x, w_r, bias):
-        self.x, self.w_r, self.bias, self.maps, self.y = x, w_r, bias, [], None
+        self.x, self.w_r, self.bias, self.maps, self.made = x, w_r, bias, [], 0
 
     def tensor_map(self, address, kind, columns, rows, pitch, box_columns, box_rows):
         assert pitch == 2 * columns and box_columns == 64
@@ -102,36 +109,71 @@ class Blocks:
     def __call__(self, blocks, threads, argument, stream, cluster, early):
         assert early and threads == 384 and cluster == 2 and len(argument) == MAPS + 64
         given = module._ARGUMENTS.unpack(argument[MAPS:])
-        _, _, tokens, outputs, inputs, rank, band, self.scale = given
+        *_, made, tokens, outputs, inputs, rank, band, self.scale = given
         assert (tokens, outputs, inputs) == (self.x.shape[0], *self.w_r.shape)
         self.rank, self.counts = rank, torch.zeros(tokens, outputs, dtype=torch.int32)
-        pairs, parts = -(-outputs // 256), -(-tokens // 256)
-        assert blocks == 2 * min(66, pairs * parts)
-        for block in range(blocks):
-            for number in range(block // 2, pairs * parts, blocks // 2):
-                row, token = place_of(number, pairs, parts, block % 2, band)
-                self.counts[token : token + 256, row : row + 128] += 1
+        pairs, parts, added = -(-outputs // 256), -(-tokens // 256), -(-rank // 64)
+        makings = added * -(-parts // 2) if made else 0
+        self.z = torch.zeros(tokens, rank, dtype=torch.int32)
+        clusters = blocks // 2
+        assert blocks == 2 * min(66, makings + pairs * parts)
+        there = torch.zeros(self.made, dtype=torch.int32)
+        at = list(range(clusters))
+        while any(number < makings + pairs * parts for number in at):
+            before = list(at)
+            for cluster in reversed(range(clusters)):
+                number = at[cluster]
+                if number >= makings + pairs * parts:
+                    continue
+                for block in (0, 1):
+                    if number < makings:
+                        token, first = (number // added * 2 + block) * 256, number % added * 64
+                        self.z[token : token + 256, first : first + 64] += 1
+                        there[token // 256] += 2
+                        continue
+                    row, token = place_of(number - makings, pairs, parts, block, band)
+                    if makings and there[token // 256] < 2 * added:
+                        break
+                    self.counts[token : token + 256, row : row + 128] += 1
+                else:
+                    at[cluster] += clusters
+            assert at != before  # no one waits for ever
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("tokens", "outputs", "rank"),
-    [(129, 64, 0), (256, 256, 8), (300, 448, 40), (9000, 2880, 0), (2000, 36864, 144)],
-)
-def test_every_tile_is_the_work_of_one_block(hopper, monkeypatch, tokens, outputs, rank, dtype):
+    ("tokens", "outputs", "rank", "joined"),
+    [
+        (129, 64, 0, False), (256, 256, 8, False), (300, 448, 40, True), (9000, 2880, 0, False),
+        (2000, 36864, 144, False), (2000, 1536, 576, True), (16384, 4096, 64, True),
+    ],
+)  # fmt: skip
+def test_every_tile_is_the_work_of_one_block(
+    hopper, monkeypatch, tokens, outputs, rank, joined, dtype
+):
     weight = torch.zeros(outputs, 512, dtype=dtype)
     x = torch.zeros(tokens, 512, dtype=dtype)
     blocks = Blocks(x, weight, None)
     monkeypatch.setattr(nvrtc, "tensor_map", blocks.tensor_map)
     monkeypatch.setattr(module, "_kernel", lambda dtype, adapted, device: blocks)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    new_zeros = torch.Tensor.new_zeros
+
+    def counts(tensor, size, **settings):
+        blocks.made = size
+        return new_zeros(tensor, size, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", counts)
     packed = torch.zeros(layout.packed_numel(outputs, 512), dtype=dtype)
-    z = torch.zeros(tokens, rank, dtype=dtype) if rank else None
     up = torch.zeros(rank, outputs, dtype=dtype).t() if rank else None
-    y = gemm(packed, x, None, z, up, 0.5, outputs)
+    z = torch.zeros(tokens, rank, dtype=dtype) if rank and not joined else None
+    down = torch.zeros(rank, 512, dtype=dtype) if joined else None
+    y = gemm(packed, x, None, outputs, up, z, down, 0.5)
     assert y.shape == (tokens, outputs) and y.dtype == dtype
     assert (blocks.counts == 1).all() and (blocks.rank, blocks.scale) == (rank, 0.5)
+    assert (blocks.z == joined).all()
     adapter = [(outputs, rank, 128), (tokens, rank, 128)] if rank else []
+    adapter += [(rank, 512, 64), (tokens, rank, module._PART)] if joined else []
     assert blocks.maps == [
         (outputs, 256, 128), (tokens, 512, 128), (tokens, outputs, module._PART), *adapter
     ]  # fmt: skip
@@ -147,7 +189,7 @@ def test_of_blocks_at_work_both_operands_stay_in_the_cache():
 
 def test_no_tokens_need_no_launch():
     packed, x = torch.zeros(64 * 512 // 16 * 9), torch.empty(0, 512)
-    assert gemm(packed, x, None, None, None, 1.0, 64).shape == (0, 64)
+    assert gemm(packed, x, None, 64).shape == (0, 64)
 
 
 @pytest.mark.parametrize("lane", range(32))
@@ -205,6 +247,13 @@ def test_what_it_cannot_do_is_said(hopper, monkeypatch, case, capability, missin
     assert why_no_gemm(*case, 0) == said
 
 
+def test_a_scale_goes_where_z_can_be_rounded():
+    for dtype, least in ((torch.bfloat16, 2.0**-60), (torch.float16, 2.0**-4)):
+        assert [takes_scale(scale, dtype) for scale in (least / 2, least, -1.0, 1 / least, 0.0)] == [
+            False, True, True, True, False
+        ]  # fmt: skip
+
+
 def test_an_adapter_needs_rows_of_whole_16_bytes():
     assert [takes_adapter(rank) for rank in (0, 1, 8, 12, 144)] == [False, False, True, False, True]
 
@@ -214,4 +263,4 @@ def test_an_operand_that_it_cannot_read_is_refused(outputs, inputs):
     packed = torch.zeros(layout.packed_numel(outputs, inputs), dtype=torch.bfloat16)
     x = torch.zeros(200, inputs, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=f"{outputs} x {inputs} has fewer than 512 columns or no"):
-        gemm(packed, x, None, None, None, 1.0, outputs)
+        gemm(packed, x, None, outputs)

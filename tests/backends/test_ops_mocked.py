@@ -132,31 +132,42 @@ def test_the_compiled_kernel_adds_the_adapter_if_it_splits_it(fake, monkeypatch,
     assert calls == [(name, rank if low else None) for name in (*offered, offered[0])]
 
 
-@pytest.mark.parametrize("rank", [0, 3, 8])
-def test_the_kernel_for_many_tokens_adds_the_adapter_that_it_can_read(fake, monkeypatch, rank):
+@pytest.mark.parametrize("scale", [0.5, 2.0**-70])
+@pytest.mark.parametrize(("rank", "way"), [(0, None), (3, None), (8, "joined"), (8, "ahead")])
+def test_the_kernel_for_many_tokens_adds_the_adapter_that_it_can_read(
+    fake, monkeypatch, rank, way, scale
+):
     calls, asked = [], []
 
-    def gemm(packed, x, bias, z, up, scale, out_features):
-        calls.append((None if z is None else tuple(z.shape), up is not None, out_features))
+    def gemm(packed, x, bias, out_features, up=None, z=None, down=None, scale=1.0):
+        calls.append(
+            tuple(name for name, has in (("up", up), ("z", z), ("down", down)) if has is not None)
+        )
         y = fake.products.matmul(packed, x, bias, out_features, None)
-        return y if up is None else y.addmm_(z, up.t(), alpha=scale)
+        if z is None and up is not None:
+            z = scale * (x @ down.t())
+        return y if up is None else y.addmm_(z, up.t())
 
     monkeypatch.setattr(ops, "gemm", gemm)
+    monkeypatch.setattr(ops, "WAYS", (way,))
     monkeypatch.setattr(ops, "why_no_gemm", lambda *case: asked.append(case))
     layer, given = operands(tokens=100, rank=rank, only="gemm")
-    term = slope.backends.AdapterTerm(*given[6:8], 0.5) if rank else None
+    given = *given[:8], scale, *given[9:]
+    term = slope.backends.AdapterTerm(*given[6:8], scale) if rank else None
     with torch.no_grad():
         y = torch.ops.slope.sparse_linear(*given)
         expected = DenseBackend().forward(
             given[0], layer.compressed_weight(), layer.bias, adapter=term
         )
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=5e-2)
-    assert set(calls) == {((100, 8), True, 64) if rank == 8 else (None, False, 64)}
+    # A scale that the dtype of Z cannot be multiplied by is left to two more products.
+    added = {"joined": ("up", "down"), "ahead": ("up", "z"), None: ()}[way]
+    assert set(calls) == {added if scale == 0.5 else ()}
     dy = torch.randn(100, 64, dtype=torch.bfloat16)
     dx = torch.ops.slope.sparse_input_gradient(dy, *given[1:4], "gemm")
     expected = DenseBackend().input_gradient(dy, layer.compressed_weight())
     torch.testing.assert_close(dx, expected, rtol=2e-2, atol=5e-2)
-    assert calls[-1] == (None, False, 128)
+    assert calls[-1] == ()
     # Of the bucket, so that all its numbers of tokens have the choice that one was measured for.
     assert asked == [(128, 64, 128, None), (128, 128, 64, None)]
 

@@ -120,7 +120,9 @@ NO_GEMM = pytest.mark.skipif(
 
 @NO_GEMM
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-@pytest.mark.parametrize("rank", [0, 8, 40, 144])
+@pytest.mark.parametrize(
+    ("rank", "way"), [(0, None), (8, "joined"), (40, "ahead"), (64, "joined"), (144, "joined")]
+)
 @pytest.mark.parametrize(
     ("outputs", "inputs", "tokens"),
     [
@@ -129,23 +131,26 @@ NO_GEMM = pytest.mark.skipif(
         (4096, 4096, 16500),
     ],
 )  # fmt: skip
-def test_a_product_of_many_tokens(outputs, inputs, tokens, rank, dtype):
+def test_a_product_of_many_tokens(outputs, inputs, tokens, rank, way, dtype):
     layer = a_layer((outputs, inputs), values_dtype=dtype).requires_grad_(False)
     packed = ops._kernels().pack_rows(layer.values, layer.metadata, dtype)
     settings = {"device": "cuda", "dtype": dtype}
     x = torch.randn(tokens, inputs, **settings)
     down = torch.randn(rank, inputs, **settings) / inputs**0.5
     up = torch.randn(rank, outputs, **settings).t()  # any strides
-    scale = 1.0 if rank == 40 else -0.75
+    scale = 1.0 if rank == 144 else -0.75
     expected = torch.nn.functional.linear(x.float(), layer.to_dense().float(), layer.bias.float())
     if rank:
-        expected += scale * (x @ down.t()).float() @ up.float().t()
+        expected += (scale * (x.float() @ down.float().t())).to(dtype).float() @ up.float().t()
 
     def product():
         # Right behind a kernel that still writes X, and ahead of one that reads Y.
-        x_now, z = x * 1, (x @ down.t() if rank else None)
-        y = gemm.gemm(packed, x_now, layer.bias, z, up if rank else None, scale, outputs)
-        return y * 1
+        x_now, adapter = x * 1, {}
+        if way == "joined":
+            adapter = {"up": up, "down": down, "scale": scale}
+        elif way == "ahead":
+            adapter = {"up": up, "z": x @ (scale * down).t()}
+        return gemm.gemm(packed, x_now, layer.bias, outputs, **adapter) * 1
 
     eager = product()
     assert error(eager, expected) < ROUNDING[dtype] / 2

@@ -18,7 +18,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-VERSION = 9
+VERSION = 10
 
 
 def default_folder() -> Path:

@@ -1,4 +1,4 @@
-// Y = X (W^R)^T for many tokens on the sparse tensor cores, and scale Z up^T with it.
+// Y = X (W^R)^T for many tokens on the sparse tensor cores, and Z up^T with it, Z = scale X down^T.
 //
 // Compiled at run time by NVRTC, without headers of CUDA, for compute capability 9.0 (sm_90a) and one
 // choice of the constants below:
@@ -7,9 +7,10 @@
 //   A_STAGES  tiles of 128 columns of W^R in flight
 //   PART      tokens of Y that leave shared memory together
 //   BUFFERS   of these that may be on their way, of a group
-//   ADAPTED   1 where scale Z up^T is added
+//   ADAPTED   1 where Z up^T is added
 //   BF16      1 for bf16, 0 for fp16
 //   SHAPE, SUMS, OPERANDS, METADATA, ADD, DENSE_ADD  operands of wgmma, made for NT with the constants
+//   HALF_SHAPE, HALF_SUMS, HALF_OPERANDS, HALF_ADD   those of half as many tokens
 //
 // A block owns ROWS outputs of TOKENS tokens, which two groups of four warps share by the outputs, and
 // walks over the inputs in steps of 64 columns. What the tensor cores read out of shared memory of X
@@ -17,6 +18,10 @@
 // blocks of a cluster have the same tokens: each copies half of X into both. One warp copies; a group
 // leaves a step when the next one has begun. A block makes several tiles one after another, and Y of one
 // leaves it rounded, in parts, while the tensor cores are at work on the first steps of the next.
+//
+// Z is given, or the first clusters make it before their tiles, 64 ranks of 256 tokens a block: a tile adds
+// it last, and waits for it in the copying warp alone. Clusters start in the order of their numbers, and who
+// makes Z waits for no one.
 //
 // W^R, or W^{R,C} transposed for the input gradient, is cuSPARSELt's operand: kept values row by row, then
 // metadata in tiles of 64 rows by 64 columns.
@@ -29,6 +34,7 @@ constexpr int X_BYTES = 128 * TOKENS, A_BYTES = 128 * ROWS;
 constexpr int PLACES = 512;  // bytes of a tile of metadata
 constexpr int A_STAGE = A_BYTES + 2 * GROUPS * PLACES;
 constexpr int PARTS = TOKENS / PART, Y_PART = 128 * PART;
+constexpr int RANKS = 64, DOWN_BYTES = 128 * RANKS;  // of Z that a block makes together; of 64 columns of down
 constexpr int A_AT = STAGES * X_BYTES, Y_AT = A_AT + A_STAGES * A_STAGE;
 constexpr int BARRIERS = Y_AT + GROUPS * BUFFERS * Y_PART;  // begin there
 static_assert(TOKENS % PART == 0 && PART % 16 == 0, "a part of Y has whole tiles of 16 tokens");
@@ -41,11 +47,14 @@ struct Arguments {
     Map y_map;       // boxes of 64 x PART
     Map up_map;      // boxes of 64 x ROWS
     Map z_map;       // boxes of 64 x TOKENS / BLOCKS
+    Map down_map;    // boxes of 64 x RANKS
+    Map z_out_map;   // boxes of 64 x PART
     const char* places;  // metadata
     const u16* bias;     // (outputs), or null
+    u32* made;           // how many parts of Z there are of each TOKENS tokens, 0 at first; null if Z is given
     int tokens, outputs, inputs, rank;
     int band;  // pairs of tiles of outputs whose tokens come one after another
-    float scale;
+    float scale;  // of the adapter, where Z is made
 };
 
 // That many bytes further.
@@ -67,6 +76,15 @@ __device__ __forceinline__ void multiply_dense(float (&d)[NT][4], u64 a, u64 b, 
                  "wgmma.mma_async.sync.aligned." SHAPE "k16.f32." KIND "." KIND " " OPERANDS
                  ", p, 1, 1, 0, 0;\n}"
                  : SUMS
+                 : "l"(a), "l"(b), "r"(add));
+}
+
+// Of half the tokens.
+__device__ __forceinline__ void multiply_half(float (&d)[NT][4], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " HALF_ADD ", 0;\n"
+                 "wgmma.mma_async.sync.aligned." HALF_SHAPE "k16.f32." KIND "." KIND " " HALF_OPERANDS
+                 ", p, 1, 1, 0, 0;\n}"
+                 : HALF_SUMS
                  : "l"(a), "l"(b), "r"(add));
 }
 
@@ -92,6 +110,18 @@ __device__ __forceinline__ void arrive_at(u32 barrier, u32 block) {
     asm volatile("{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(barrier), "r"(block)
                  : "memory");
+}
+
+// Z that TMA has written and this thread has seen complete is there for who reads the count.
+__device__ __forceinline__ void announce(u32* count) {
+    asm volatile("fence.proxy.async;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_count(const u32* count, u32 wanted) {
+    u32 there;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(count) : "memory");
+    while (there < wanted);
+    asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_meet() {
@@ -144,7 +174,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     const int block = blockIdx.x % BLOCKS, clusters = gridDim.x / BLOCKS;
     const int pairs = (arg.outputs + BLOCKS * ROWS - 1) / (BLOCKS * ROWS);
     const int parts = (arg.tokens + TOKENS - 1) / TOKENS, tiles = pairs * parts;
-    const int steps = arg.inputs / 64, before = ADAPTED ? (arg.rank + 63) / 64 : 0;
+    const int steps = arg.inputs / 64, added = ADAPTED ? (arg.rank + RANKS - 1) / RANKS : 0;
+    // Of a cluster, each for the tokens of two tiles.
+    const int makings = ADAPTED && arg.made ? added * ((parts + BLOCKS - 1) / BLOCKS) : 0;
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == 0) {
         auto begin = [](u32 barrier, int arrivals) {
@@ -160,8 +192,29 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     Ring<A_STAGES, A_STAGE> a;
     if (warp >= THREADS / 32) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        for (int number = blockIdx.x / BLOCKS; warp == THREADS / 32 && lane == 0 && number < tiles;
-             number += clusters) {
+        const bool copies = warp == THREADS / 32 && lane == 0;
+        int number = blockIdx.x / BLOCKS;
+        for (; copies && number < makings; number += clusters) {
+            const int token = (number / added * BLOCKS + block) * TOKENS, rank = number % added * RANKS;
+            for (int step = 0; step < steps; ++step) {
+                if (step % 2 == 0) {
+                    const u32 to = base + A_AT + a.tile, done = a_full + a.barrier;
+                    const int together = min(2, steps - step);
+                    wait_for(a_empty + a.barrier, a.parity ^ 1);
+                    expect(done, together * DOWN_BYTES);
+                    for (int i = 0; i < together; ++i)
+                        copy_box(to + i * DOWN_BYTES, arg.down_map, 64 * (step + i), rank, done);
+                    a.next();
+                }
+                wait_for(empty + x.barrier, x.parity ^ 1);
+                expect(full + x.barrier, X_BYTES);
+                for (int i = 0; i < BLOCKS; ++i)
+                    copy_box(base + x.tile + i * (X_BYTES / BLOCKS), arg.x_map, 64 * step,
+                             token + i * (TOKENS / BLOCKS), full + x.barrier);
+                x.next();
+            }
+        }
+        for (number -= makings; copies && number < tiles; number += clusters) {
             const Place tile = place_of(arg, number, pairs, parts, block);
             const int own = tile.token + block * (TOKENS / BLOCKS);
             const int there = min(GROUPS, max(0, (arg.outputs - tile.row + 63) / 64));
@@ -184,13 +237,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                 copy_to_both(base + x.tile + block * (X_BYTES / BLOCKS), map, column, own, full + x.barrier);
                 x.next();
             };
-            for (int step = 0; step < before; ++step) {
-                copy_a(arg.up_map, 64 * step, 0);
-                copy_x(arg.z_map, 64 * step);
-            }
             for (int step = 0; step < steps; ++step) {
                 if (step % 2 == 0) copy_a(arg.values_map, 32 * step, min(2, steps - step));
                 copy_x(arg.x_map, 64 * step);
+            }
+            if (makings) wait_for_count(arg.made + tile.token / TOKENS, GROUPS * added);
+            for (int step = 0; step < added; ++step) {
+                copy_a(arg.up_map, 64 * step, 0);
+                copy_x(arg.z_map, 64 * step);
             }
         }
     } else {
@@ -216,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         u32 rounded[NT][2];
         Place made = {-1, 0};  // the tile of what is rounded, none before the first
         int buffer = 0;
-        auto give = [&](int part) {
+        auto give = [&](const Map& map, int part, int column, int token) {
             const u32 to = y + buffer * Y_PART;
             if (++buffer == BUFFERS) buffer = 0;
             if (speaks) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BUFFERS - 1) : "memory");
@@ -230,10 +284,51 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
             asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
             if (!speaks) return;
-            return_box(arg.y_map, made.row + 64 * group, made.token + PART * part, to);
+            return_box(map, column, token + PART * part, to);
             asm volatile("cp.async.bulk.commit_group;");
         };
-        for (int number = blockIdx.x / BLOCKS; number < tiles; number += clusters) {
+        auto give_y = [&](int part) { give(arg.y_map, part, made.row + 64 * group, made.token); };
+        int number = blockIdx.x / BLOCKS;
+#if ADAPTED
+        for (; number < makings; number += clusters) {
+            const int token = (number / added * BLOCKS + block) * TOKENS, rank = number % added * RANKS;
+            auto make = [&](int step, int second) {
+                const u64 down = further(descriptor(base + A_AT), a.tile + second * DOWN_BYTES);
+                const u64 at = further(x_tile, x.tile + group * (X_BYTES / GROUPS));
+                if (!second) wait_for(a_full + a.barrier, a.parity);
+                wait_for(full + x.barrier, x.parity);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int k = 0; k < 4; ++k) multiply_half(sums, further(down, 32 * k), further(at, 32 * k), step + k);
+                asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+                if (step) leave_x();
+                if (step && !second) leave_a();
+                x.next();
+                if (second) a.next();
+            };
+            for (int step = 0; step < steps; step += 2) {
+                make(step, 0);
+                if (step + 1 < steps) make(step + 1, 1);
+            }
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            hold(sums);
+            leave_x(), leave_a();
+            if (steps % 2) a.next();
+#pragma unroll
+            for (int n = 0; n < NT / GROUPS; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    rounded[n][i] = pair_of(arg.scale * sums[n][2 * i], arg.scale * sums[n][2 * i + 1]);
+#pragma unroll
+            for (int part = 0; part < PARTS / GROUPS; ++part)
+                give(arg.z_out_map, part, rank, token + group * (TOKENS / GROUPS));
+            if (speaks) {
+                asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+                announce(arg.made + token / TOKENS);
+            }
+        }
+#endif
+        for (number -= makings; number < tiles; number += clusters) {
             const Place tile = place_of(arg, number, pairs, parts, block);
             const int own = tile.row + 16 * warp + lane / 4;
             float bias[2] = {};
@@ -243,26 +338,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(arg.bias + own + 8 * i));
                     bias[i] = to_float(bits);
                 }
-#if ADAPTED
-            for (int step = 0; step < before; ++step) {
-                const u64 up = further(a_tile, a.tile), z = further(x_tile, x.tile);
-                wait_for(a_full + a.barrier, a.parity);
-                wait_for(full + x.barrier, x.parity);
-                a.next(), x.next();
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                for (int k = 0; k < 4 && 64 * step + 16 * k < arg.rank; ++k)
-                    multiply_dense(sums, further(up, 32 * k), further(z, 32 * k), step + k);
-                asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-                leave_a(), leave_x();
-            }
-            hold(sums);
-            if (arg.scale != 1) {
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) sums[n][i] *= arg.scale;
-            }
-#endif
             u32 even = 0, odd = 0;
             auto prepare = [&](u32& places, int second) {
                 if (!second) wait_for(a_full + a.barrier, a.parity);
@@ -273,13 +348,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             auto add = [&](u32& places, u32& other, int step, int second, int part) {
                 const u64 w = further(a_tile, a.tile + 64 * second), at = further(x_tile, x.tile);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                multiply_sparse<0>(sums, w, at, places, ADAPTED || step);
+                multiply_sparse<0>(sums, w, at, places, step);
                 multiply_sparse<1>(sums, further(w, 32), further(at, 64), places, 1);
                 asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
                 asm volatile("" : "+r"(other));  // which the tensor cores have read now
                 if (step) leave_x();
                 if (step && !second) leave_a();
-                if (part >= 0 && made.row >= 0) give(part);
+                if (part >= 0 && made.row >= 0) give_y(part);
                 x.next();
                 if (second) a.next();
                 if (step + 1 < steps) prepare(other, !second);
@@ -294,11 +369,24 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                 add(even, odd, step, 0, -1);
                 if (step + 1 < steps) add(odd, even, step + 1, 1, -1);
             }
+            if (steps % 2) a.next();
+#if ADAPTED
+            for (int step = 0; step < added; ++step) {
+                wait_for(a_full + a.barrier, a.parity);
+                wait_for(full + x.barrier, x.parity);
+                const u64 up = further(a_tile, a.tile), z = further(x_tile, x.tile);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int k = 0; k < 4; ++k) multiply_dense(sums, further(up, 32 * k), further(z, 32 * k), 1);
+                asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+                leave_x(), leave_a();
+                a.next(), x.next();
+            }
+#endif
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             asm volatile("" : "+r"(even), "+r"(odd));
             hold(sums);
             leave_x(), leave_a();
-            if (steps % 2) a.next();
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -307,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             made = tile;
         }
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) give(part);
+        for (int part = 0; part < PARTS; ++part) give_y(part);
         if (speaks) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     }
     __syncwarp();

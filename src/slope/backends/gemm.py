@@ -29,7 +29,12 @@ _SHARED = (
     + _A_STAGES * ((128 + 16) * _ROWS + 16)
     + 2 * _BUFFERS * 128 * _PART
 )
-_ARGUMENTS = struct.Struct("2Q 5i f 24x")  # behind five ``CUtensorMap``, a multiple of 64 bytes
+_ARGUMENTS = struct.Struct("3Q 5i f 16x")  # behind seven ``CUtensorMap``, a multiple of 64 bytes
+_RANKS = 64  # of Z that a block makes together
+_SCALES = {torch.bfloat16: (2.0**-60, 2.0**60), torch.float16: (2.0**-4, 2.0**4)}
+JOINED = "joined"
+WAYS = JOINED, "ahead"
+"""Where X downᵀ is made: by the same launch, or by a product ahead of it."""
 FEWEST_TOKENS = _TOKENS // 2 + 1
 LEAST_COLUMNS = TILE_COLUMNS * _TOKENS // _PART
 """Of the operand: parts of Y leave beside a tile's first steps, which must be as many."""
@@ -62,12 +67,18 @@ def takes_adapter(rank: int) -> bool:
     return rank > 0 and rank % _RANK_MULTIPLE == 0
 
 
+def takes_scale(scale: float, dtype: torch.dtype) -> bool:
+    """Whether Z can be rounded when it was multiplied by that scale."""
+    low, high = _SCALES[dtype]
+    return low <= abs(scale) <= high
+
+
 def constants(dtype: torch.dtype, adapted: bool) -> dict[str, int | str]:
     """What ``gemm.cu`` is compiled with."""
     tiles = _TOKENS // 8
-    sums = 4 * tiles
-    given = [f"%{i}" for i in range(sums + 5)]
-    a, x, *rest = given[sums:]
+    half = tiles // 2
+    sums, a, x, rest = _operands(tiles)
+    half_sums, half_a, half_x, half_rest = _operands(half)
     return {
         "NT": tiles,
         "STAGES": _STAGES,
@@ -77,12 +88,24 @@ def constants(dtype: torch.dtype, adapted: bool) -> dict[str, int | str]:
         "ADAPTED": int(adapted),
         "BF16": int(dtype == torch.bfloat16),
         "SHAPE": f'"m64n{_TOKENS}"',
-        "SUMS": ", ".join(f'"+f"(d[{tile}][{i}])' for tile in range(tiles) for i in range(4)),
-        "OPERANDS": f'"{{{", ".join(given[:sums])}}}, {a}, {x}"',
+        "SUMS": sums,
+        "OPERANDS": f'"{a}, {x}"',
         "METADATA": f'"{rest[0]}, {rest[1]}"',
         "ADD": f'"{rest[2]}"',
         "DENSE_ADD": f'"{rest[0]}"',
+        "HALF_SHAPE": f'"m64n{_TOKENS // 2}"',
+        "HALF_SUMS": half_sums,
+        "HALF_OPERANDS": f'"{half_a}, {half_x}"',
+        "HALF_ADD": f'"{half_rest[0]}"',
     }
+
+
+def _operands(tiles: int) -> tuple[str, str, str, list[str]]:
+    """Sums of wgmma as operands, their numbers, those of X and of what comes behind."""
+    sums = ", ".join(f'"+f"(d[{tile}][{i}])' for tile in range(tiles) for i in range(4))
+    given = [f"%{i}" for i in range(4 * tiles + 5)]
+    a, x, *rest = given[4 * tiles :]
+    return sums, f"{{{', '.join(given[: 4 * tiles])}}}, {a}", x, rest
 
 
 @functools.cache
@@ -94,25 +117,28 @@ def gemm(
     packed: Tensor,
     x: Tensor,
     bias: Tensor | None,
-    z: Tensor | None,
-    up: Tensor | None,
-    scale: float,
     out_features: int,
+    up: Tensor | None = None,
+    z: Tensor | None = None,
+    down: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """``Y = X (W^R)ᵀ + b [+ scale * Z upᵀ]`` in one launch; sums in fp32, rounded once.
+    """``Y = X (W^R)ᵀ + b [+ Z upᵀ]`` in one launch; sums in fp32, rounded once.
 
-    The caller has asked :func:`why_no_gemm` and, with an adapter, :func:`takes_adapter`; tensors
-    are on the current GPU.
+    Z is given, or made by the same launch: ``Z = scale * X downᵀ``, summed in fp32 and rounded to
+    the dtype of X. The caller has asked :func:`why_no_gemm` and, with an adapter,
+    :func:`takes_adapter` and, where Z is made, :func:`takes_scale`; tensors are on the current GPU.
 
     Args:
         packed: (9/16 * O * I,), cuSPARSELt's operand, bf16 or fp16.
         x: (T, I), dtype of ``packed``. All matrices are copied that are not contiguous or begin at
             no multiple of 16 bytes.
         bias: (O,), likewise, or None.
-        z: (T, R), X downᵀ, likewise, or None.
-        up: (O, R), likewise, or None.
-        scale: of the adapter.
         out_features: O.
+        up: (O, R), likewise, or None without an adapter.
+        z: (T, R), likewise, or None where it shall be made.
+        down: (R, I), likewise, or None where ``z`` is given.
+        scale: of the adapter, where Z is made.
 
     Returns:
         (T, O), dtype of ``x``.
@@ -134,17 +160,28 @@ def gemm(
     packed, x = _readable(packed), _readable(x)
     bias = None if bias is None else bias.contiguous()
     values = packed[: out_features * in_features // 2].view(out_features, in_features // 2)
-    z, up = (None if each is None else _readable(each) for each in (z, up))
+    up, z, down = (None if each is None else _readable(each) for each in (up, z, down))
+    rank, made = 0 if up is None else up.shape[1], None
+    if up is not None and z is None:
+        z = x.new_empty((tokens, rank))
+        made = x.new_zeros(_BLOCKS * -(-tokens // (_BLOCKS * _TOKENS)), dtype=torch.int32)
     share = _TOKENS // _BLOCKS
-    boxes = (values, _ROWS), (x, share), (y, _PART), (up, _ROWS), (z, share)
+    boxes = (
+        (values, _ROWS), (x, share), (y, _PART), (up, _ROWS), (z, share), (down, _RANKS),
+        (None if made is None else z, _PART),
+    )  # fmt: skip
     maps = b"".join(bytes(128) if each is None else _map(each, rows) for each, rows in boxes)
     argument = maps + _ARGUMENTS.pack(
         packed.data_ptr() + 2 * values.numel(), 0 if bias is None else bias.data_ptr(),
-        tokens, out_features, in_features, 0 if up is None else up.shape[1], _BAND, scale,
+        0 if made is None else made.data_ptr(), tokens, out_features, in_features, rank, _BAND,
+        scale,
     )  # fmt: skip
-    tiles = -(-out_features // (_BLOCKS * _ROWS)) * -(-tokens // _TOKENS)
+    parts = -(-tokens // _TOKENS)
+    works = -(-out_features // (_BLOCKS * _ROWS)) * parts
+    if made is not None:
+        works += -(-rank // _RANKS) * -(-parts // _BLOCKS)
     gpu: Any = torch.cuda.get_device_properties(device)
-    clusters = max(1, min(tiles, gpu.multi_processor_count // _BLOCKS))
+    clusters = max(1, min(works, gpu.multi_processor_count // _BLOCKS))
     _kernel(x.dtype, up is not None, device)(
         _BLOCKS * clusters, _THREADS, argument, torch._C._cuda_getCurrentRawStream(device),
         cluster=_BLOCKS, early=True,

@@ -31,7 +31,7 @@ from slope.backends.decoding_mma import (
     why_no_mma,
 )
 from slope.backends.dense import DenseBackend
-from slope.backends.gemm import gemm, takes_adapter, why_no_gemm
+from slope.backends.gemm import JOINED, WAYS, gemm, takes_adapter, takes_scale, why_no_gemm
 from slope.backends.support import machine, why_no_cusparselt
 from slope.backends.tuning import DECODE_PATHS, Choice, ProductKey, Tuner, bucket
 
@@ -134,10 +134,14 @@ def sparse_linear_forward(
     def cusparselt(algorithm: int | None) -> Tensor:
         return with_adapter(_products().matmul(operand(), x, bias, out_features, algorithm))
 
-    def own(_: None) -> Tensor:
-        if down is None or not takes_adapter(rank):
-            return with_adapter(gemm(operand(), x, bias, None, None, scale, out_features))
-        return gemm(operand(), x, bias, x @ down.t(), up, scale, out_features)
+    def own(algorithm: str | None) -> Tensor:
+        if down is None or algorithm is None or not takes_scale(scale, x.dtype):
+            return with_adapter(gemm(operand(), x, bias, out_features))
+        if algorithm == JOINED:
+            return gemm(operand(), x, bias, out_features, up, down=down, scale=scale)
+        z = x.new_empty((x.shape[0], rank))
+        torch.addmm(z, x, down.t(), beta=0, alpha=scale, out=z)
+        return gemm(operand(), x, bias, out_features, up, z)
 
     def dense(_: None) -> Tensor:
         w_r = _kernels().expand(values, metadata, None, x.dtype)
@@ -155,6 +159,9 @@ def sparse_linear_forward(
     def search() -> list[int | None]:
         return [_products().search(operand(), _padded(x), bias, out_features)]
 
+    def ways() -> list[str | None]:
+        return list(WAYS) if takes_adapter(rank) else [None]
+
     def cuts() -> list[str]:
         return launches(bucket(x.shape[0]), out_features, in_features, rank, x.device.index)
 
@@ -166,7 +173,10 @@ def sparse_linear_forward(
     paths: dict[str, Callable[[Any], Tensor]] = {
         "cusparselt": cusparselt, "gemm": own, "mma": mma, "triton": triton, "dense": dense
     }  # fmt: skip
-    return _run(product, paths, {"cusparselt": search, "mma": cuts})
+    algorithms: dict[str, Callable[[], Sequence[Any]]] = {
+        "cusparselt": search, "gemm": ways, "mma": cuts
+    }  # fmt: skip
+    return _run(product, paths, algorithms)
 
 
 @_on_its_device
@@ -198,7 +208,7 @@ def sparse_input_gradient_forward(
         return _products().matmul(operand(), dy, None, in_features, algorithm)
 
     def own(_: None) -> Tensor:
-        return gemm(operand(), dy, None, None, None, 1.0, in_features)
+        return gemm(operand(), dy, None, in_features)
 
     def dense(_: None) -> Tensor:
         return dy @ _kernels().expand(values, metadata, column_mask, dy.dtype)
