@@ -395,7 +395,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             made = tile;
         }
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) give_y(part);
+        for (int part = 0; part < PARTS; ++part)
+            if (!ADAPTED || made.row >= 0) give_y(part);  // some make no more than Z
         if (speaks) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     }
     __syncwarp();
