@@ -24,7 +24,7 @@ from slope.bench.models import ModelCase, TrainingStep
 
 # By the names of kernels; the first that fits counts.
 KINDS = {
-    "sparse product": r"sparse_gemm|spmma",
+    "sparse product": r"sparse_gemm|spmma|slope_gemm|slope_decode",
     "dense product": r"nvjet|gemm|cutlass.*gemm|splitKreduce",
     "operands and masks": r"^_(pack_rows|pack_columns|gather|column_mask|expand)_kernel",
     "attention": r"sdpa|flash|fmha|attention",
