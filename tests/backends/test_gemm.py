@@ -92,7 +92,7 @@ def place_of(number, pairs, parts, block, band):
 
 
 class Blocks:
-    """Stands for the compiled kernel: what each block makes and what it waits for, by the same numbers.
+    """Stands for the compiled kernel: what each block makes and waits for, by the same numbers.
 
     Clusters take turns, a work each; one that waits for Z is left for a later turn.
     """
