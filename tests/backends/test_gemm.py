@@ -78,7 +78,7 @@ def test_the_launch_packs_the_fields_of_the_source():
 def test_shared_memory_holds_the_tiles_and_the_barriers():
     x, w = 64 * 256 * 2, 128 * 64 * 2 + 128 * 128 // 8
     y = 2 * module._BUFFERS * 64 * module._PART * 2
-    barriers = 16 * (module._STAGES + module._A_STAGES)
+    barriers = 16 * (module._STAGES + module._A_STAGES) + 16
     assert module._STAGES * x + module._A_STAGES * w + y + barriers == module._SHARED
     assert module._SHARED <= 227 * 1024  # of an H200
     assert module.LEAST_COLUMNS == 64 * module._TOKENS // module._PART
@@ -94,7 +94,7 @@ def place_of(number, pairs, parts, block, band):
 class Blocks:
     """Stands for the compiled kernel: what each block makes and waits for, by the same numbers.
 
-    Clusters take turns, a work each; one that waits for Z is left for a later turn.
+    Clusters begin where there is room, take turns, and end; one that waits for Z keeps its room.
     """
 
     def __init__(self, x, w_r, bias):
@@ -111,33 +111,49 @@ class Blocks:
         given = module._ARGUMENTS.unpack(argument[MAPS:])
         *_, made, tokens, outputs, inputs, rank, band, self.scale = given
         assert (tokens, outputs, inputs) == (self.x.shape[0], *self.w_r.shape)
-        self.rank, self.counts = rank, torch.zeros(tokens, outputs, dtype=torch.int32)
         pairs, parts, added = -(-outputs // 256), -(-tokens // 256), -(-rank // 64)
         makings = added * -(-parts // 2) if made else 0
-        self.z = torch.zeros(tokens, rank, dtype=torch.int32)
-        clusters = blocks // 2
-        assert blocks == 2 * min(66, makings + pairs * parts)
-        there = torch.zeros(self.made, dtype=torch.int32)
-        at = list(range(clusters))
-        while any(number < makings + pairs * parts for number in at):
-            before = list(at)
-            for cluster in reversed(range(clusters)):
-                number = at[cluster]
-                if number >= makings + pairs * parts:
-                    continue
-                for block in (0, 1):
-                    if number < makings:
-                        token, first = (number // added * 2 + block) * 256, number % added * 64
-                        self.z[token : token + 256, first : first + 64] += 1
-                        there[token // 256] += 2
-                        continue
-                    row, token = place_of(number - makings, pairs, parts, block, band)
-                    if makings and there[token // 256] < 2 * added:
-                        break
-                    self.counts[token : token + 256, row : row + 128] += 1
-                else:
-                    at[cluster] += clusters
-            assert at != before  # no one waits for ever
+        assert blocks == 2 * (makings + min(66, pairs * parts))
+        for room in (1, 2, 7, 65, blocks // 2):
+            self.rank, self.counts = rank, torch.zeros(tokens, outputs, dtype=torch.int32)
+            self.z = torch.zeros(tokens, rank, dtype=torch.int32)
+            there = torch.zeros(max(1, self.made), dtype=torch.int32)
+            waiting, begun = list(range(blocks // 2)), []
+            while waiting or begun:
+                while waiting and len(begun) < room:  # in any order: it is they who take a number
+                    waiting.pop(torch.randint(len(waiting), ()).item())
+                    begun.append(self.works(int(there[0]), makings, pairs * parts, blocks // 2))
+                    there[0] += 1
+                before = sum(map(len, begun))
+                for works in begun:
+                    self.turn(works[0], makings, added, pairs, parts, band, there) and works.pop(0)
+                begun = [works for works in begun if works]
+                assert sum(map(len, begun)) < before  # no one waits for ever
+            assert (self.counts == 1).all() and (self.z == bool(made)).all()
+
+    @staticmethod
+    def works(number, makings, tiles, clusters):
+        """What a cluster does that is the how manieth to begin: it makes Z, or tiles."""
+        if number < makings:
+            return [(True, number)]
+        each = range(number - makings, tiles, clusters - makings)
+        return [(False, tile) for tile in each]
+
+    def turn(self, work, makings, added, pairs, parts, band, there):
+        """Do a work, unless it has to wait."""
+        makes, number = work
+        if makes:
+            for block in (0, 1):
+                token, first = (number // added * 2 + block) * 256, number % added * 64
+                self.z[token : token + 256, first : first + 64] += 1
+                there[1 + token // 256] += 2
+            return True
+        places = [place_of(number, pairs, parts, block, band) for block in (0, 1)]
+        if makings and there[1 + places[0][1] // 256] < 2 * added:
+            return False
+        for row, token in places:
+            self.counts[token : token + 256, row : row + 128] += 1
+        return True
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -170,8 +186,7 @@ def test_every_tile_is_the_work_of_one_block(
     down = torch.zeros(rank, 512, dtype=dtype) if joined else None
     y = gemm(packed, x, None, outputs, up, z, down, 0.5)
     assert y.shape == (tokens, outputs) and y.dtype == dtype
-    assert (blocks.counts == 1).all() and (blocks.rank, blocks.scale) == (rank, 0.5)
-    assert (blocks.z == joined).all()
+    assert (blocks.rank, blocks.scale) == (rank, 0.5)
     adapter = [(outputs, rank, 128), (tokens, rank, 128)] if rank else []
     adapter += [(rank, 512, 64), (tokens, rank, module._PART)] if joined else []
     assert blocks.maps == [
@@ -248,10 +263,31 @@ def test_what_it_cannot_do_is_said(hopper, monkeypatch, case, capability, missin
 
 
 def test_a_scale_goes_where_z_can_be_rounded():
-    for dtype, least in ((torch.bfloat16, 2.0**-60), (torch.float16, 2.0**-4)):
-        for scale, takes in ((least, True), (-1.0, True), (1 / least, True), (least / 2, False)):
+    for dtype, least, most in (
+        (torch.bfloat16, 2.0**-60, 2.0**60), (torch.float16, 2.0**-10, 1.0)
+    ):  # fmt: skip
+        for scale, takes in ((least, True), (-most, True), (most * 2, False), (least / 2, False)):
             assert takes_scale(scale, dtype) == takes
+        assert takes_scale(1 / 576, dtype)  # the default of a rank
         assert not takes_scale(0.0, dtype)
+
+
+def test_what_is_no_adapter_is_refused():
+    x, packed = torch.zeros(200, 512), torch.zeros(layout.packed_numel(64, 512))
+    up, z, down = torch.zeros(64, 8), torch.zeros(200, 8), torch.zeros(8, 512)
+    for given, said in (
+        ({"up": up}, "an adapter is up with z or with down, not up; give it so"),
+        ({"z": z}, "not z;"),
+        ({"up": up, "z": z, "down": down}, "not down, up, z;"),
+        ({"up": up.t(), "z": z}, r"up is \(8, 64\) in torch.float32 on cpu; give it as \(64, 64\)"),
+        ({"up": up, "z": z[1:]}, r"z is \(199, 8\) in .*; give it as \(200, 8\)"),
+        (
+            {"up": up, "down": down.half()},
+            r"down is \(8, 512\) in torch.float16 on cpu; give it as",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            gemm(packed, x, None, 64, **given)
 
 
 def test_an_adapter_needs_rows_of_whole_16_bytes():

@@ -132,6 +132,25 @@ def test_the_compiled_kernel_adds_the_adapter_if_it_splits_it(fake, monkeypatch,
     assert calls == [(name, rank if low else None) for name in (*offered, offered[0])]
 
 
+def test_where_x_down_is_made_competes_for_each_kind_of_scale(fake, monkeypatch):
+    asked = []
+
+    def gemm(packed, x, bias, out_features, up=None, z=None, down=None, scale=1.0):
+        asked.append("up" if up is None else "joined" if z is None else "ahead")
+        return x.new_zeros(x.shape[0], out_features)
+
+    monkeypatch.setattr(ops, "gemm", gemm)
+    monkeypatch.setattr(ops, "why_no_gemm", lambda *case: None)
+    _, given = operands(tokens=100, rank=8, only="")
+    with torch.no_grad():
+        for scale, ways in ((2.0**-70, {"up"}), (0.5, {"joined", "ahead"}), (1.0, set())):
+            asked.clear()
+            torch.ops.slope.sparse_linear(*given[:8], scale, *given[9:])
+            assert set(asked) >= ways and (len(ways) < 2 or "up" not in asked)
+    kinds = {key.usual_scale for key in ops.tuner().known() if key.adapter_rank}
+    assert kinds == {True, False}
+
+
 @pytest.mark.parametrize("scale", [0.5, 2.0**-70])
 @pytest.mark.parametrize(("rank", "way"), [(0, None), (3, None), (8, "joined"), (8, "ahead")])
 def test_the_kernel_for_many_tokens_adds_the_adapter_that_it_can_read(
@@ -149,6 +168,7 @@ def test_the_kernel_for_many_tokens_adds_the_adapter_that_it_can_read(
         return y if up is None else y.addmm_(z, up.t())
 
     monkeypatch.setattr(ops, "gemm", gemm)
+    assert ops.WAYS == ("joined", "ahead")
     monkeypatch.setattr(ops, "WAYS", (way,))
     monkeypatch.setattr(ops, "why_no_gemm", lambda *case: asked.append(case))
     layer, given = operands(tokens=100, rank=rank, only="gemm")

@@ -19,9 +19,10 @@
 // leaves a step when the next one has begun. A block makes several tiles one after another, and Y of one
 // leaves it rounded, in parts, while the tensor cores are at work on the first steps of the next.
 //
-// Z is given, or the first clusters make it before their tiles, 64 ranks of 256 tokens a block: a tile adds
-// it last, and waits for it in the copying warp alone. Clusters start in the order of their numbers, and who
-// makes Z waits for no one.
+// Z is given, or made by clusters of the same launch, 64 ranks of 256 tokens a block, each block for itself;
+// a tile adds it last, and the copying warp alone waits for it. Which clusters make Z is decided by the order
+// in which they begin, and they end then: when one waits, all that it waits for have begun and wait for no
+// one, however few there is room for.
 //
 // W^R, or W^{R,C} transposed for the input gradient, is cuSPARSELt's operand: kept values row by row, then
 // metadata in tiles of 64 rows by 64 columns.
@@ -51,7 +52,8 @@ struct Arguments {
     Map z_out_map;   // boxes of 64 x PART
     const char* places;  // metadata
     const u16* bias;     // (outputs), or null
-    u32* made;           // how many parts of Z there are of each TOKENS tokens, 0 at first; null if Z is given
+    u32* made;           // null if Z is given; else zeros: how many clusters have begun, then how many parts of Z
+                         // there are of each TOKENS tokens
     int tokens, outputs, inputs, rank;
     int band;  // pairs of tiles of outputs whose tokens come one after another
     float scale;  // of the adapter, where Z is made
@@ -110,6 +112,16 @@ __device__ __forceinline__ void arrive_at(u32 barrier, u32 block) {
     asm volatile("{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(barrier), "r"(block)
                  : "memory");
+}
+
+// The how manieth cluster this is to begin, said by its first block to both.
+__device__ __forceinline__ void take_number(u32* begun, u32 to) {
+    u32 number, at;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(number) : "l"(begun) : "memory");
+    for (u32 block = 0; block < BLOCKS; ++block) {
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(to), "r"(block));
+        asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(at), "r"(number) : "memory");
+    }
 }
 
 // Z that TMA has written and this thread has seen complete is there for who reads the count.
@@ -171,12 +183,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     const u32 base = shared_address(memory), full = base + BARRIERS, empty = full + 8 * STAGES;
     const u32 a_full = empty + 8 * STAGES, a_empty = a_full + 8 * A_STAGES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int block = blockIdx.x % BLOCKS, clusters = gridDim.x / BLOCKS;
+    const int block = blockIdx.x % BLOCKS;
     const int pairs = (arg.outputs + BLOCKS * ROWS - 1) / (BLOCKS * ROWS);
     const int parts = (arg.tokens + TOKENS - 1) / TOKENS, tiles = pairs * parts;
     const int steps = arg.inputs / 64, added = ADAPTED ? (arg.rank + RANKS - 1) / RANKS : 0;
     // Of a cluster, each for the tokens of two tiles.
     const int makings = ADAPTED && arg.made ? added * ((parts + BLOCKS - 1) / BLOCKS) : 0;
+    const int clusters = gridDim.x / BLOCKS - makings;  // that make tiles
+    const u32 turn = a_empty + 8 * A_STAGES;
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == 0) {
         auto begin = [](u32 barrier, int arrivals) {
@@ -186,35 +200,45 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         for (int s = 0; s < A_STAGES; ++s) begin(a_full + 8 * s, 1), begin(a_empty + 8 * s, 4 * GROUPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+#if ADAPTED
+    if (makings) {
+        cluster_meet();  // the other block has begun, and may be written to
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        if (block == 0 && threadIdx.x == 0) take_number(arg.made, turn);
+    }
+#endif
     cluster_meet();
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    int number = blockIdx.x / BLOCKS;
+    if (makings) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(number) : "r"(turn) : "memory");
+    const bool makes = number < makings;
+    // Of the two tiles, and the first of the ranks.
+    const int making_token = makes ? (number / added * BLOCKS + block) * TOKENS : 0;
+    const int making_rank = makes ? number % added * RANKS : 0;
+    number = makes ? tiles : number - makings;
     Ring<STAGES, X_BYTES> x;
     Ring<A_STAGES, A_STAGE> a;
     if (warp >= THREADS / 32) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         const bool copies = warp == THREADS / 32 && lane == 0;
-        int number = blockIdx.x / BLOCKS;
-        for (; copies && number < makings; number += clusters) {
-            const int token = (number / added * BLOCKS + block) * TOKENS, rank = number % added * RANKS;
-            for (int step = 0; step < steps; ++step) {
-                if (step % 2 == 0) {
-                    const u32 to = base + A_AT + a.tile, done = a_full + a.barrier;
-                    const int together = min(2, steps - step);
-                    wait_for(a_empty + a.barrier, a.parity ^ 1);
-                    expect(done, together * DOWN_BYTES);
-                    for (int i = 0; i < together; ++i)
-                        copy_box(to + i * DOWN_BYTES, arg.down_map, 64 * (step + i), rank, done);
-                    a.next();
-                }
-                wait_for(empty + x.barrier, x.parity ^ 1);
-                expect(full + x.barrier, X_BYTES);
-                for (int i = 0; i < BLOCKS; ++i)
-                    copy_box(base + x.tile + i * (X_BYTES / BLOCKS), arg.x_map, 64 * step,
-                             token + i * (TOKENS / BLOCKS), full + x.barrier);
-                x.next();
+        for (int step = 0; copies && makes && step < steps; ++step) {
+            if (step % 2 == 0) {
+                const u32 to = base + A_AT + a.tile, done = a_full + a.barrier;
+                const bool pair = step + 1 < steps;
+                wait_for(a_empty + a.barrier, a.parity ^ 1);
+                expect(done, pair ? 2 * DOWN_BYTES : DOWN_BYTES);
+                copy_box(to, arg.down_map, 64 * step, making_rank, done);
+                if (pair) copy_box(to + DOWN_BYTES, arg.down_map, 64 * (step + 1), making_rank, done);
+                a.next();
             }
+            wait_for(empty + x.barrier, x.parity ^ 1);
+            expect(full + x.barrier, X_BYTES);
+            for (int i = 0; i < BLOCKS; ++i)
+                copy_box(base + x.tile + i * (X_BYTES / BLOCKS), arg.x_map, 64 * step,
+                         making_token + i * (TOKENS / BLOCKS), full + x.barrier);
+            x.next();
         }
-        for (number -= makings; copies && number < tiles; number += clusters) {
+        for (; copies && number < tiles; number += clusters) {
             const Place tile = place_of(arg, number, pairs, parts, block);
             const int own = tile.token + block * (TOKENS / BLOCKS);
             const int there = min(GROUPS, max(0, (arg.outputs - tile.row + 63) / 64));
@@ -241,9 +265,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                 if (step % 2 == 0) copy_a(arg.values_map, 32 * step, min(2, steps - step));
                 copy_x(arg.x_map, 64 * step);
             }
-            if (makings) wait_for_count(arg.made + tile.token / TOKENS, GROUPS * added);
             for (int step = 0; step < added; ++step) {
                 copy_a(arg.up_map, 64 * step, 0);
+                if (makings && step == 0) wait_for_count(arg.made + 1 + tile.token / TOKENS, GROUPS * added);
                 copy_x(arg.z_map, 64 * step);
             }
         }
@@ -288,32 +312,28 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             asm volatile("cp.async.bulk.commit_group;");
         };
         auto give_y = [&](int part) { give(arg.y_map, part, made.row + 64 * group, made.token); };
-        int number = blockIdx.x / BLOCKS;
 #if ADAPTED
-        for (; number < makings; number += clusters) {
-            const int token = (number / added * BLOCKS + block) * TOKENS, rank = number % added * RANKS;
-            auto make = [&](int step, int second) {
-                const u64 down = further(descriptor(base + A_AT), a.tile + second * DOWN_BYTES);
-                const u64 at = further(x_tile, x.tile + group * (X_BYTES / GROUPS));
-                if (!second) wait_for(a_full + a.barrier, a.parity);
-                wait_for(full + x.barrier, x.parity);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        auto make = [&](int step, int second) {
+            const u64 down = further(descriptor(base + A_AT), a.tile + second * DOWN_BYTES);
+            const u64 at = further(x_tile, x.tile + group * (X_BYTES / GROUPS));
+            if (!second) wait_for(a_full + a.barrier, a.parity);
+            wait_for(full + x.barrier, x.parity);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-                for (int k = 0; k < 4; ++k) multiply_half(sums, further(down, 32 * k), further(at, 32 * k), step + k);
-                asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
-                if (step) leave_x();
-                if (step && !second) leave_a();
-                x.next();
-                if (second) a.next();
-            };
+            for (int k = 0; k < 4; ++k) multiply_half(sums, further(down, 32 * k), further(at, 32 * k), step + k);
+            asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+            if (step) leave_x();
+            if (step && !second) leave_a();
+            x.next();
+            if (second) a.next();
+        };
+        if (makes) {
             for (int step = 0; step < steps; step += 2) {
                 make(step, 0);
                 if (step + 1 < steps) make(step + 1, 1);
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             hold(sums);
-            leave_x(), leave_a();
-            if (steps % 2) a.next();
 #pragma unroll
             for (int n = 0; n < NT / GROUPS; ++n)
 #pragma unroll
@@ -321,14 +341,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                     rounded[n][i] = pair_of(arg.scale * sums[n][2 * i], arg.scale * sums[n][2 * i + 1]);
 #pragma unroll
             for (int part = 0; part < PARTS / GROUPS; ++part)
-                give(arg.z_out_map, part, rank, token + group * (TOKENS / GROUPS));
+                give(arg.z_out_map, part, making_rank, making_token + group * (TOKENS / GROUPS));
             if (speaks) {
                 asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-                announce(arg.made + token / TOKENS);
+                announce(arg.made + 1 + making_token / TOKENS);
             }
         }
 #endif
-        for (number -= makings; number < tiles; number += clusters) {
+        for (; number < tiles; number += clusters) {
             const Place tile = place_of(arg, number, pairs, parts, block);
             const int own = tile.row + 16 * warp + lane / 4;
             float bias[2] = {};
@@ -375,9 +395,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                 wait_for(a_full + a.barrier, a.parity);
                 wait_for(full + x.barrier, x.parity);
                 const u64 up = further(a_tile, a.tile), z = further(x_tile, x.tile);
+                // Sums of sparse products are still in flight: those of dense ones have the same registers.
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-                for (int k = 0; k < 4; ++k) multiply_dense(sums, further(up, 32 * k), further(z, 32 * k), 1);
+                for (int k = 0; k < 4; ++k)
+                    if (RANKS * step + 16 * k < arg.rank)
+                        multiply_dense(sums, further(up, 32 * k), further(z, 32 * k), 1);
                 asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
                 leave_x(), leave_a();
                 a.next(), x.next();
@@ -396,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         }
 #pragma unroll
         for (int part = 0; part < PARTS; ++part)
-            if (!ADAPTED || made.row >= 0) give_y(part);  // some make no more than Z
+            if (!ADAPTED || made.row >= 0) give_y(part);  // some make Z alone
         if (speaks) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     }
     __syncwarp();

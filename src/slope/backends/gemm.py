@@ -28,10 +28,12 @@ _SHARED = (
     _STAGES * (128 * _TOKENS + 16)
     + _A_STAGES * ((128 + 16) * _ROWS + 16)
     + 2 * _BUFFERS * 128 * _PART
+    + 16  # a cluster's number
 )
 _ARGUMENTS = struct.Struct("3Q 5i f 16x")  # behind seven ``CUtensorMap``, a multiple of 64 bytes
 _RANKS = 64  # of Z that a block makes together
-_SCALES = {torch.bfloat16: (2.0**-60, 2.0**60), torch.float16: (2.0**-4, 2.0**4)}
+# By which Z can be multiplied: in fp16 it must neither overflow sooner nor lose digits.
+_SCALES = {torch.bfloat16: (2.0**-60, 2.0**60), torch.float16: (2.0**-10, 1.0)}
 JOINED = "joined"
 WAYS = JOINED, "ahead"
 """Where X downᵀ is made: by the same launch, or by a product ahead of it."""
@@ -126,8 +128,9 @@ def gemm(
     """``Y = X (W^R)ᵀ + b [+ Z upᵀ]`` in one launch; sums in fp32, rounded once.
 
     Z is given, or made by the same launch: ``Z = scale * X downᵀ``, summed in fp32 and rounded to
-    the dtype of X. The caller has asked :func:`why_no_gemm` and, with an adapter,
-    :func:`takes_adapter` and, where Z is made, :func:`takes_scale`; tensors are on the current GPU.
+    the dtype of X; a small launch ahead writes zeros to count by. The caller has asked
+    :func:`why_no_gemm`, with an adapter :func:`takes_adapter`, and where Z is made
+    :func:`takes_scale`; tensors are on the current GPU.
 
     Args:
         packed: (9/16 * O * I,), cuSPARSELt's operand, bf16 or fp16.
@@ -144,7 +147,8 @@ def gemm(
         (T, O), dtype of ``x``.
 
     Raises:
-        ValueError: if the operand is too narrow or has no whole tiles.
+        ValueError: if the operand is too narrow or has no whole tiles, or what is given of an
+            adapter is not ``up`` with one of ``z`` and ``down``, of these shapes and that dtype.
         RuntimeError: if the kernel cannot be compiled, loaded or launched.
     """
     tokens, in_features = x.shape
@@ -153,6 +157,8 @@ def gemm(
             f"an operand of {out_features} x {in_features} has fewer than {LEAST_COLUMNS} columns "
             "or no whole tiles of 64; use another path"
         )
+    rank = 0 if up is None else up.shape[1]
+    _check_adapter(x, {"up": up, "z": z, "down": down}, out_features, rank)
     y = x.new_empty((tokens, out_features))
     if not y.numel():
         return y
@@ -161,10 +167,11 @@ def gemm(
     bias = None if bias is None else bias.contiguous()
     values = packed[: out_features * in_features // 2].view(out_features, in_features // 2)
     up, z, down = (None if each is None else _readable(each) for each in (up, z, down))
-    rank, made = 0 if up is None else up.shape[1], None
-    if up is not None and z is None:
+    parts, made = -(-tokens // _TOKENS), None
+    makings = 0 if down is None else -(-rank // _RANKS) * -(-parts // _BLOCKS)  # a cluster each
+    if makings:
         z = x.new_empty((tokens, rank))
-        made = x.new_zeros(_BLOCKS * -(-tokens // (_BLOCKS * _TOKENS)), dtype=torch.int32)
+        made = x.new_zeros(1 + _BLOCKS * -(-parts // _BLOCKS), dtype=torch.int32)
     share = _TOKENS // _BLOCKS
     boxes = (
         (values, _ROWS), (x, share), (y, _PART), (up, _ROWS), (z, share), (down, _RANKS),
@@ -176,17 +183,34 @@ def gemm(
         0 if made is None else made.data_ptr(), tokens, out_features, in_features, rank, _BAND,
         scale,
     )  # fmt: skip
-    parts = -(-tokens // _TOKENS)
-    works = -(-out_features // (_BLOCKS * _ROWS)) * parts
-    if made is not None:
-        works += -(-rank // _RANKS) * -(-parts // _BLOCKS)
+    tiles = -(-out_features // (_BLOCKS * _ROWS)) * parts
     gpu: Any = torch.cuda.get_device_properties(device)
-    clusters = max(1, min(works, gpu.multi_processor_count // _BLOCKS))
+    clusters = makings + max(1, min(tiles, gpu.multi_processor_count // _BLOCKS))
     _kernel(x.dtype, up is not None, device)(
         _BLOCKS * clusters, _THREADS, argument, torch._C._cuda_getCurrentRawStream(device),
         cluster=_BLOCKS, early=True,
     )  # fmt: skip
     return y
+
+
+def _check_adapter(
+    x: Tensor, given: dict[str, Tensor | None], out_features: int, rank: int
+) -> None:
+    """TMA would read what does not fit as zeros or as other numbers."""
+    names = {name for name, each in given.items() if each is not None}
+    if names not in (set(), {"up", "z"}, {"up", "down"}):
+        raise ValueError(
+            f"an adapter is up with z or with down, not {', '.join(sorted(names))}; give it so"
+        )
+    tokens, in_features = x.shape
+    sizes = {"up": (out_features, rank), "z": (tokens, rank), "down": (rank, in_features)}
+    for name, each in given.items():
+        wanted = sizes[name], x.dtype, x.device
+        if each is not None and (each.shape, each.dtype, each.device) != wanted:
+            raise ValueError(
+                f"{name} is {tuple(each.shape)} in {each.dtype} on {each.device}; give it as "
+                f"{wanted[0]} in {x.dtype} on {x.device}"
+            )
 
 
 def _readable(matrix: Tensor) -> Tensor:

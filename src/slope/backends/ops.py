@@ -54,6 +54,7 @@ class Product(NamedTuple):
         rank: of an adapter computed along, 0 without.
         only: the path asked for, empty for the fastest.
         device: of all tensors.
+        usual_scale: whether a kernel may multiply X downᵀ by the adapter's scale.
     """
 
     operation: str
@@ -66,6 +67,7 @@ class Product(NamedTuple):
     rank: int
     only: str
     device: torch.device
+    usual_scale: bool = True
 
 
 @functools.cache
@@ -135,7 +137,7 @@ def sparse_linear_forward(
         return with_adapter(_products().matmul(operand(), x, bias, out_features, algorithm))
 
     def own(algorithm: str | None) -> Tensor:
-        if down is None or algorithm is None or not takes_scale(scale, x.dtype):
+        if down is None or algorithm is None:
             return with_adapter(gemm(operand(), x, bias, out_features))
         if algorithm == JOINED:
             return gemm(operand(), x, bias, out_features, up, down=down, scale=scale)
@@ -160,7 +162,7 @@ def sparse_linear_forward(
         return [_products().search(operand(), _padded(x), bias, out_features)]
 
     def ways() -> list[str | None]:
-        return list(WAYS) if takes_adapter(rank) else [None]
+        return list(WAYS) if product.usual_scale and takes_adapter(rank) else [None]
 
     def cuts() -> list[str]:
         return launches(bucket(x.shape[0]), out_features, in_features, rank, x.device.index)
@@ -168,7 +170,7 @@ def sparse_linear_forward(
     rank = 0 if up is None else up.shape[1]
     product = Product(
         "forward", out_features, in_features, x.shape[0], x.dtype, values.dtype,
-        packed is not None, rank, only, x.device,
+        packed is not None, rank, only, x.device, not rank or takes_scale(scale, x.dtype),
     )  # fmt: skip
     paths: dict[str, Callable[[Any], Tensor]] = {
         "cusparselt": cusparselt, "gemm": own, "mma": mma, "triton": triton, "dense": dense
@@ -323,6 +325,7 @@ def _choose(
         key = ProductKey(
             product.operation, product.out_features, product.in_features, bucket(product.tokens),
             _name(product.dtype), _name(product.values_dtype), product.aliased, product.rank,
+            product.usual_scale,
         )  # fmt: skip
         choice = tuner().choose(key, wanted, algorithms)
     choice = replace(choice, path=only or choice.path, refused=refused | dict(choice.refused))

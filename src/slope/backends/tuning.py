@@ -47,6 +47,7 @@ class ProductKey:
         values_dtype: of the parameter, which is cast on the way.
         aliased: whether the values lie in the packed operand already.
         adapter_rank: of an adapter computed along, 0 without.
+        usual_scale: whether a kernel may multiply X downᵀ by its scale.
     """
 
     operation: str
@@ -57,6 +58,7 @@ class ProductKey:
     values_dtype: str
     aliased: bool = False
     adapter_rank: int = 0
+    usual_scale: bool = True
 
 
 @dataclass(frozen=True)
