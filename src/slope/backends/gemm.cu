@@ -201,26 +201,31 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 #if ADAPTED
+    int number = blockIdx.x / BLOCKS;
     if (makings) {
         cluster_meet();  // the other block has begun, and may be written to
         asm volatile("griddepcontrol.wait;" ::: "memory");
         if (block == 0 && threadIdx.x == 0) take_number(arg.made, turn);
     }
-#endif
     cluster_meet();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    int number = blockIdx.x / BLOCKS;
     if (makings) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(number) : "r"(turn) : "memory");
     const bool makes = number < makings;
-    // Of the two tiles, and the first of the ranks.
+    // Tokens of this block, and the first of the ranks.
     const int making_token = makes ? (number / added * BLOCKS + block) * TOKENS : 0;
     const int making_rank = makes ? number % added * RANKS : 0;
     number = makes ? tiles : number - makings;
+    auto first_tile = [&]() { return number; };
+#else
+    auto first_tile = []() -> int { return blockIdx.x / BLOCKS; };
+    cluster_meet();
+#endif
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     Ring<STAGES, X_BYTES> x;
     Ring<A_STAGES, A_STAGE> a;
     if (warp >= THREADS / 32) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         const bool copies = warp == THREADS / 32 && lane == 0;
+#if ADAPTED
         for (int step = 0; copies && makes && step < steps; ++step) {
             if (step % 2 == 0) {
                 const u32 to = base + A_AT + a.tile, done = a_full + a.barrier;
@@ -238,7 +243,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                          making_token + i * (TOKENS / BLOCKS), full + x.barrier);
             x.next();
         }
-        for (; copies && number < tiles; number += clusters) {
+#endif
+        for (int number = first_tile(); copies && number < tiles; number += clusters) {
             const Place tile = place_of(arg, number, pairs, parts, block);
             const int own = tile.token + block * (TOKENS / BLOCKS);
             const int there = min(GROUPS, max(0, (arg.outputs - tile.row + 63) / 64));
@@ -320,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             wait_for(full + x.barrier, x.parity);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-            for (int k = 0; k < 4; ++k) multiply_half(sums, further(down, 32 * k), further(at, 32 * k), step + k);
+            for (int k = 0; k < 4; ++k) multiply_half(sums, further(down, 32 * k), further(at, 32 * k), step + k > 0);
             asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
             if (step) leave_x();
             if (step && !second) leave_a();
@@ -348,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             }
         }
 #endif
-        for (; number < tiles; number += clusters) {
+        for (int number = first_tile(); number < tiles; number += clusters) {
             const Place tile = place_of(arg, number, pairs, parts, block);
             const int own = tile.row + 16 * warp + lane / 4;
             float bias[2] = {};
@@ -368,7 +374,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             auto add = [&](u32& places, u32& other, int step, int second, int part) {
                 const u64 w = further(a_tile, a.tile + 64 * second), at = further(x_tile, x.tile);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                multiply_sparse<0>(sums, w, at, places, step);
+                multiply_sparse<0>(sums, w, at, places, step > 0);
                 multiply_sparse<1>(sums, further(w, 32), further(at, 64), places, 1);
                 asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
                 asm volatile("" : "+r"(other));  // which the tensor cores have read now
@@ -389,8 +395,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                 add(even, odd, step, 0, -1);
                 if (step + 1 < steps) add(odd, even, step + 1, 1, -1);
             }
-            if (steps % 2) a.next();
 #if ADAPTED
+            if (steps % 2) a.next();
             for (int step = 0; step < added; ++step) {
                 wait_for(a_full + a.barrier, a.parity);
                 wait_for(full + x.barrier, x.parity);
@@ -410,6 +416,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             asm volatile("" : "+r"(even), "+r"(odd));
             hold(sums);
             leave_x(), leave_a();
+            if (!ADAPTED && steps % 2) a.next();
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
