@@ -13,7 +13,8 @@ the 10th to 90th percentile of each speed-up, and the name of the launch that wa
 ``mma``. With ``--cuts`` every cut is checked, timed once, and the best few take turns with the
 others. With ``--once`` launches are made a single time, untimed, for a profiler. Launches are named
 by token_tiles, row_tiles, row_warps, column_warps, stages, g for wgmma or t for wgmma with TMA /
-splits, and with an adapter / low splits; p is t with blocks that make several tiles.
+splits, and with an adapter / low splits; p is t with blocks that make several tiles. With an
+adapter ``gemm`` is also timed in both ways to make X down^T.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 from slope.backends import decoding_mma, ops
 from slope.backends.decoding import MAX_TOKENS
 from slope.backends.decoding_mma import MmaLaunch, decode_mma, why_no_mma
-from slope.backends.gemm import why_no_gemm
+from slope.backends.gemm import WAYS, gemm_with_adapter, takes_adapter, why_no_gemm
 from slope.backends.tuning import bucket
 from slope.bench.timing import Call, Clock, Deadline, Effort, Spread, interleave
 from slope.linear import SlopeLinear
@@ -256,6 +257,11 @@ def measure(
 
         return over(range(len(layers)), with_another if options.apart else act)
 
+    def by_way(way: str, number: int) -> Tensor:
+        assert down is not None and up is not None
+        given = packed[number], x, None, out_features, down, up
+        return gemm_with_adapter(*given, 1.0, way)
+
     clock = Clock(settings["device"])
     calls = {"dense": all_layers(by_dense)}
     dtypes = (torch.bfloat16,) * 2
@@ -267,6 +273,8 @@ def measure(
     for path in options.paths.split(","):
         if not unserved.get(path):
             calls[path] = all_layers(functools.partial(by_path, path))
+            for way in WAYS if path == "gemm" and takes_adapter(rank) else ():
+                calls[f"{path} {way}"] = all_layers(functools.partial(by_way, way))
     if options.cuts:
         expected = by_dense(0).float()
         times = {}

@@ -10,6 +10,7 @@ from fake_cusparselt import FakeLibrary
 
 import slope
 from slope.backends import DenseBackend, dispatch, ops, support
+from slope.backends import gemm as many_tokens
 from slope.backends.choices import ChoiceStore
 from slope.backends.cusparselt import layout
 from slope.backends.cusparselt.binding import Library
@@ -139,7 +140,8 @@ def test_where_x_down_is_made_competes_for_each_kind_of_scale(fake, monkeypatch)
         asked.append("up" if up is None else "joined" if z is None else "ahead")
         return x.new_zeros(x.shape[0], out_features)
 
-    monkeypatch.setattr(ops, "gemm", gemm)
+    for module in (ops, many_tokens):
+        monkeypatch.setattr(module, "gemm", gemm)
     monkeypatch.setattr(ops, "why_no_gemm", lambda *case: None)
     _, given = operands(tokens=100, rank=8, only="")
     with torch.no_grad():
@@ -167,7 +169,8 @@ def test_the_kernel_for_many_tokens_adds_the_adapter_that_it_can_read(
             z = scale * (x @ down.t())
         return y if up is None else y.addmm_(z, up.t())
 
-    monkeypatch.setattr(ops, "gemm", gemm)
+    for module in (ops, many_tokens):
+        monkeypatch.setattr(module, "gemm", gemm)
     assert ops.WAYS == ("joined", "ahead")
     monkeypatch.setattr(ops, "WAYS", (way,))
     monkeypatch.setattr(ops, "why_no_gemm", lambda *case: asked.append(case))

@@ -193,6 +193,38 @@ def gemm(
     return y
 
 
+def gemm_with_adapter(
+    packed: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    way: str,
+) -> Tensor:
+    """:func:`gemm` with ``scale * X downᵀ`` made in one of :data:`WAYS`.
+
+    Args:
+        packed: as there.
+        x: (T, I).
+        bias: as there.
+        out_features: O.
+        down: (R, I), dtype of ``x``.
+        up: (O, R), dtype of ``x``.
+        scale: of the adapter.
+        way: where X downᵀ is made.
+
+    Returns:
+        (T, O), dtype of ``x``.
+    """
+    if way == JOINED:
+        return gemm(packed, x, bias, out_features, up, down=down, scale=scale)
+    z = x.new_empty((x.shape[0], up.shape[1]))
+    torch.addmm(z, x, down.t(), beta=0, alpha=scale, out=z)
+    return gemm(packed, x, bias, out_features, up, z)
+
+
 def _check_adapter(
     x: Tensor, given: dict[str, Tensor | None], out_features: int, rank: int
 ) -> None:

@@ -31,7 +31,14 @@ from slope.backends.decoding_mma import (
     why_no_mma,
 )
 from slope.backends.dense import DenseBackend
-from slope.backends.gemm import JOINED, WAYS, gemm, takes_adapter, takes_scale, why_no_gemm
+from slope.backends.gemm import (
+    WAYS,
+    gemm,
+    gemm_with_adapter,
+    takes_adapter,
+    takes_scale,
+    why_no_gemm,
+)
 from slope.backends.support import machine, why_no_cusparselt
 from slope.backends.tuning import DECODE_PATHS, Choice, ProductKey, Tuner, bucket
 
@@ -137,13 +144,9 @@ def sparse_linear_forward(
         return with_adapter(_products().matmul(operand(), x, bias, out_features, algorithm))
 
     def own(algorithm: str | None) -> Tensor:
-        if down is None or algorithm is None:
+        if down is None or up is None or algorithm is None:
             return with_adapter(gemm(operand(), x, bias, out_features))
-        if algorithm == JOINED:
-            return gemm(operand(), x, bias, out_features, up, down=down, scale=scale)
-        z = x.new_empty((x.shape[0], rank))
-        torch.addmm(z, x, down.t(), beta=0, alpha=scale, out=z)
-        return gemm(operand(), x, bias, out_features, up, z)
+        return gemm_with_adapter(operand(), x, bias, out_features, down, up, scale, algorithm)
 
     def dense(_: None) -> Tensor:
         w_r = _kernels().expand(values, metadata, None, x.dtype)
