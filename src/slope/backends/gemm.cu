@@ -22,7 +22,7 @@
 // Z is given, or made by clusters of the same launch, 64 ranks of 256 tokens a block, each block for itself;
 // a tile adds it last, and the copying warp alone waits for it. Which clusters make Z is decided by the order
 // in which they begin, and they end then: when one waits, all that it waits for have begun and wait for no
-// one, however few there is room for.
+// other, however few there is room for.
 //
 // W^R, or W^{R,C} transposed for the input gradient, is cuSPARSELt's operand: kept values row by row, then
 // metadata in tiles of 64 rows by 64 columns.
@@ -403,10 +403,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                 const u64 up = further(a_tile, a.tile), z = further(x_tile, x.tile);
                 // Sums of sparse products are still in flight: those of dense ones have the same registers.
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                auto multiply = [&](int k) { multiply_dense(sums, further(up, 32 * k), further(z, 32 * k), 1); };
+                const int left = arg.rank - RANKS * step;
+                if (left >= RANKS) {
 #pragma unroll
-                for (int k = 0; k < 4; ++k)
-                    if (RANKS * step + 16 * k < arg.rank)
-                        multiply_dense(sums, further(up, 32 * k), further(z, 32 * k), 1);
+                    for (int k = 0; k < 4; ++k) multiply(k);
+                } else {
+                    for (int k = 0; 16 * k < left; ++k) multiply(k);
+                }
                 asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
                 leave_x(), leave_a();
                 a.next(), x.next();

@@ -203,7 +203,9 @@ def gemm_with_adapter(
     scale: float,
     way: str,
 ) -> Tensor:
-    """:func:`gemm` with ``scale * X downᵀ`` made in one of :data:`WAYS`.
+    """:func:`gemm` with ``scale * X downᵀ`` made in one of :data:`WAYS`, without gradients.
+
+    The caller has asked what :func:`gemm` wants to be asked.
 
     Args:
         packed: as there.
