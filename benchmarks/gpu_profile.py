@@ -32,7 +32,7 @@ KINDS = {
     "rest": "",
 }
 ACTIVITIES = [torch.profiler.ProfilerActivity.CUDA]
-ROUNDS, STEPS = 7, 3
+STEPS = 3  # of a round
 
 
 def main() -> None:
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--layers", default="2,4", help="two depths")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=7, help="of which medians are taken")
     options = parser.parse_args()
     depths = [int(word) for word in options.layers.split(",")]
     if len(set(depths)) < 2:
@@ -49,12 +50,12 @@ def main() -> None:
     for model in options.models.split(","):
         shares = {}
         for layers in depths:
-            found = profile(ModelCase(model, layers), options.batch, options.seq)
+            found = profile(ModelCase(model, layers), options.batch, options.seq, options.rounds)
             shares |= {(sparse, layers): kinds for sparse, kinds in found.items()}
         report(model, depths, shares)
 
 
-def profile(case: ModelCase, batch: int, length: int) -> dict[bool, Counter[str]]:
+def profile(case: ModelCase, batch: int, length: int, rounds: int) -> dict[bool, Counter[str]]:
     """Milliseconds of a dense and of a sparse step by kind of kernel: medians, in turns."""
     torch.compiler.reset()
     device = torch.device("cuda")
@@ -66,7 +67,7 @@ def profile(case: ModelCase, batch: int, length: int) -> dict[bool, Counter[str]
         step, forward = TrainingStep(model, "bf16-mixed", tokens), torch.compile(model)
         calls[sparse] = functools.partial(step.call, forward)
     samples: dict[bool, list[Counter[str]]] = {sparse: [] for sparse in calls}
-    for number in range(ROUNDS + 2):
+    for number in range(rounds + 2):
         for sparse, call in calls.items():
             call()
             torch.cuda.synchronize()

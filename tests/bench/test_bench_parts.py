@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +216,55 @@ def test_the_decode_benchmark_says_what_it_needs(options, said):
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 2 and said in done.stderr
+
+
+def script(name):
+    """A module of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "cpu"], "it traces kernels of an NVIDIA GPU; leave --device cpu out."),
+        (["--models", "gpt5"], "gpt5"),
+    ],
+)
+def test_the_trace_says_what_it_needs(monkeypatch, capsys, options, said):
+    monkeypatch.setattr(sys, "argv", ["gpu_trace.py", *options])
+    assert script("gpu_trace").main() == 2
+    assert said in capsys.readouterr().err
+
+
+def test_time_that_kernels_share_counts_for_the_first():
+    trace = script("gpu_trace")
+    spans = (5, 4, "a"), (7, 5, "b"), (8, 1, "c"), (14, 2, "a")
+    kernels = [trace.Kernel(*span) for span in spans]
+    kinds, between = trace.covered(kernels)
+    assert kinds == {"a": 6, "b": 3, "c": 0} and between == 2
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("slope_gemm", "sparse product"),
+        ("slope_decode", "sparse product"),
+        ("sm90_xmma_sparse_gemm_bf16bf16_bf16f32", "sparse product"),
+        ("nvjet_sm90_tst_256x128_64x4_2x1_v_bz_NNT", "dense product"),
+        ("_pack_columns_kernel", "operands and masks"),
+        ("void pytorch_flash::flash_fwd_kernel", "attention"),
+        ("triton_poi_fused_relu_6", "rest"),
+    ],
+)
+def test_the_profile_tells_kinds_of_kernels(kernel, kind):
+    profile = script("gpu_profile")
+    span = SimpleNamespace(elapsed_us=lambda: 3e3 * profile.STEPS)
+    on_gpu = torch.autograd.DeviceType.CUDA
+    event = SimpleNamespace(name=kernel, device_type=on_gpu, time_range=span)
+    assert profile.by_kind([event]) == {kind: 3}
 
 
 def test_what_names_one_gpu_is_not_written() -> None:
