@@ -134,7 +134,7 @@ class Blocks:
 
     @staticmethod
     def works(number, makings, tiles, clusters):
-        """What a cluster does that is the how manieth to begin: it makes Z, or tiles."""
+        """What a cluster does that begins after so many others: it makes Z, or tiles."""
         if number < makings:
             return [(True, number)]
         each = range(number - makings, tiles, clusters - makings)

@@ -114,7 +114,7 @@ __device__ __forceinline__ void arrive_at(u32 barrier, u32 block) {
                  : "memory");
 }
 
-// The how manieth cluster this is to begin, said by its first block to both.
+// How many clusters have begun before this one, said by its first block to both.
 __device__ __forceinline__ void take_number(u32* begun, u32 to) {
     u32 number, at;
     asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(number) : "l"(begun) : "memory");
