@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +33,16 @@ def write_corpus(folder: Path, documents: int = 12) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
+    """Ports that nothing listens on, of those that no system gives to connections meanwhile."""
+    draw, sockets = random.SystemRandom(), []
+    while len(sockets) < count:
+        one = socket.socket()
+        try:
+            one.bind(("127.0.0.1", draw.randrange(15000, 32000)))
+        except OSError:
+            one.close()
+        else:
+            sockets.append(one)
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
         one.close()
@@ -123,14 +131,20 @@ def run_on(
                 )
             )  # fmt: skip
     try:
-        for process in processes:
-            process.wait(timeout)
+        end = time.monotonic() + timeout
+        while any(process.poll() is None for process in processes):
+            if any(process.returncode for process in processes) or time.monotonic() > end:
+                break  # the others would wait for it
+            time.sleep(0.05)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, (folder / f"rank{rank}.txt").read_text()
+    killed = -signal.SIGKILL  # by us: what the one says that failed is worth reading first
+    codes = [process.returncode for process in processes]
+    for rank in sorted(range(len(codes)), key=lambda rank: codes[rank] == killed):
+        said = (folder / f"rank{rank}.txt").read_text()
+        assert codes[rank] == 0, f"process {rank} ended with {codes[rank]}: {said}"
 
 
 def main() -> None:
