@@ -40,10 +40,13 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    device, folder = bench.options.device, bench.options.output
+    if folder is not None and folder.exists():
+        print(f"--output {folder} is there already; name a new folder.", file=sys.stderr)
+        return 2
     if not bench.on_gpu:
         print("it traces kernels of an NVIDIA GPU; leave --device cpu out.", file=sys.stderr)
         return 2
-    device, folder = bench.options.device, bench.options.output
     if folder is not None:
         folder.mkdir(parents=True)
     for case in bench.cases():

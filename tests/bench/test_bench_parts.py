@@ -231,6 +231,10 @@ def script(name):
     [
         (["--device", "cpu"], "it traces kernels of an NVIDIA GPU; leave --device cpu out."),
         (["--models", "gpt5"], "gpt5"),
+        (
+            ["--device", "cpu", "--output", str(SCRIPT.parent)],
+            "is there already; name a new folder",
+        ),
     ],
 )
 def test_the_trace_says_what_it_needs(monkeypatch, capsys, options, said):
