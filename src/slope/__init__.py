@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slope.config import SparsityConfig
     from slope.convert import compress_weights, densify, sparsify
     from slope.export import load_pretrained, save_pretrained
+    from slope.fusion import fuse_projections
     from slope.layers import (
         activate_adapters,
         adapter_parameters,
@@ -49,6 +50,7 @@ _HOME = {
     "compress_weights": "convert",
     "deactivate_adapters": "layers",
     "densify": "convert",
+    "fuse_projections": "fusion",
     "load_pretrained": "export",
     "refresh_column_masks": "layers",
     "save_pretrained": "export",
@@ -82,6 +84,7 @@ __all__ = [
     "compress_weights",
     "deactivate_adapters",
     "densify",
+    "fuse_projections",
     "load_pretrained",
     "refresh_column_masks",
     "save_pretrained",

@@ -52,6 +52,8 @@ class Adapter(nn.Module):
         down: parameter (R, I), random.
         up: parameter (O, R), zero.
         active: False while dormant. Loading a state dict with a trained ``up`` sets it.
+        corners: where several adapters are one, whose ``up`` is then blocks on a diagonal: output
+            and rank at which the second begins, the third, and so on; empty elsewhere.
 
     Raises:
         ValueError: if the rank does not fit the layer, or the initialisation is unknown.
@@ -82,6 +84,7 @@ class Adapter(nn.Module):
         self.rank = rank
         self.scale = 1.0 / rank if scale is None else float(scale)
         self.active = False
+        self.corners: tuple[int, ...] = ()
         self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         if self.down.device.type != "meta":

@@ -452,8 +452,9 @@ class SlopeLinear(AdaptedLinear):
         """The active adapter as a backend reads it."""
         if self.adapter is None or not self.adapter.active:
             return None
+        adapter = self.adapter
         return AdapterTerm(
-            self.adapter.down.to(dtype), self.adapter.up.to(dtype), self.adapter.scale
+            adapter.down.to(dtype), adapter.up.to(dtype), adapter.scale, adapter.corners
         )
 
     def _packed(self, dtype: torch.dtype) -> Tensor | None:
@@ -477,12 +478,21 @@ class SlopeLinear(AdaptedLinear):
         if self._operand_of != (values.data_ptr(), *masks):
             if _captured(values):
                 return None  # a CUDA graph's memory is no place for values
-            # Values that move into a tensor of inference mode could never be trained again.
-            with torch.inference_mode(values.is_inference()), torch.no_grad():
-                self._operand = self._backend.share_operand(self.compressed_weight())
-            self._operand_of = values.data_ptr(), *masks
-            self._operand_metadata = metadata
+            self.share_operand()
         return self._operand
+
+    def share_operand(self) -> None:
+        """Move frozen values into the backend's operand, if it has one.
+
+        The first eager forward does so by itself.
+        """
+        values, metadata = self.values, self.metadata
+        # Values that move into a tensor of inference mode could never be trained again.
+        with torch.inference_mode(values.is_inference()), torch.no_grad():
+            self._operand = self._backend.share_operand(self.compressed_weight())
+        version = None if metadata.is_inference() else metadata._version
+        self._operand_of = values.data_ptr(), metadata.data_ptr(), version
+        self._operand_metadata = metadata
 
     def _prepare(self, dtype: torch.dtype) -> Operands | None:
         """Refresh what has gone stale; the expanded operands on the CPU, None elsewhere.

@@ -349,7 +349,7 @@ def arguments(adapter):
     up = torch.randn(32, 4, requires_grad=True) if adapter else None
     bias = layer.bias if adapter else None
     return layer, (
-        x, layer.values, layer.metadata, layer.column_mask, None, bias, down, up, 0.5, "",
+        x, layer.values, layer.metadata, layer.column_mask, None, bias, down, up, 0.5, "", [],
     )  # fmt: skip
 
 
@@ -370,7 +370,7 @@ def test_the_other_ops_pass_opcheck():
 
 def test_the_op_has_slopes_gradients():
     layer, given = arguments(True)
-    x, _, _, _, _, bias, down, up, scale, _ = given
+    x, _, _, _, _, bias, down, up, scale, *_ = given
     y = ops.sparse_linear(*given)
     dy = torch.randn_like(y)
     y.backward(dy)

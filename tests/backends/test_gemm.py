@@ -68,10 +68,13 @@ def test_the_launch_packs_the_fields_of_the_source():
     body = re.sub("//.*", "", re.search(r"struct Arguments \{(.*?)\n\};", SOURCE, re.DOTALL)[1])
     assert re.findall(r"Map (\w+);", body) == [f"{m}_map" for m in MAPPED]
     fields = "places bias made tokens outputs inputs rank band scale"
-    assert re.findall(r"(\w+)[,;]", body)[len(MAPPED) :] == fields.split()
-    assert module._ARGUMENTS.size == 64  # as compilers lay it out, where maps are aligned so
-    sizes = {name: int(n) for name, n in re.findall(r"(GROUPS|BLOCKS|RANKS) = (\d+)", SOURCE)}
+    fields += " corner_outputs[CORNERS] corner_ranks[CORNERS]"
+    assert re.findall(r"([\w\[\]]+)[,;]", body)[len(MAPPED) :] == fields.split()
+    assert module._ARGUMENTS.size == 128  # as compilers lay it out, where maps are aligned so
+    found = re.findall(r"(GROUPS|BLOCKS|RANKS|CORNERS) = (\d+)", SOURCE)
+    sizes = {name: int(n) for name, n in found}
     assert sizes.pop("RANKS") == module._RANKS
+    assert sizes.pop("CORNERS") == module._CORNERS
     assert sizes == {"GROUPS": module._ROWS // 64, "BLOCKS": module._BLOCKS}
     assert 128 * (sizes["GROUPS"] + 1) == module._THREADS
 
@@ -92,6 +95,41 @@ def place_of(number, pairs, parts, block, band):
     return (2 * (first + within % height) + block) * 128, within // height * 256
 
 
+def ranks_of(corner_outputs, corner_ranks, rank, row):
+    """``ranks_of`` of the source: the first, and how many."""
+    top, first, end = row // 256 * 256, 0, rank
+    for output, corner in zip(corner_outputs, corner_ranks, strict=True):
+        if output <= top:
+            first = corner
+        if output >= top + 256:
+            end = min(end, corner)
+    return first, end - first
+
+
+@pytest.mark.parametrize(
+    ("outputs", "corners"),
+    [
+        (6144, (4096, 64, 5120, 128)), (28672, (14336, 64)), (700, (300, 8, 310, 24, 500, 32)),
+        (4096, ()), (1000, (100, 1, 200, 2, 300, 3, 400, 4)),
+    ],
+)  # fmt: skip
+def test_a_tile_reads_what_is_not_zero_in_blocks_on_a_diagonal(outputs, corners):
+    rank = 200
+    table = module._corner_table(corners)
+    both = table[: module._CORNERS], table[module._CORNERS :]
+    assert len(both[0]) == len(both[1])
+    starts, ranks = [0, *corners[::2], outputs], [0, *corners[1::2], rank]
+    read = {row: ranks_of(*both, rank, row) for row in range(0, outputs, 128)}
+    for number, (low, high) in enumerate(itertools.pairwise(starts)):
+        for row in {low // 128 * 128, *range(low // 128 * 128, high, 128)}:
+            first, count = read[row]
+            assert first <= ranks[number] and ranks[number + 1] <= first + count <= rank
+    if corners == (4096, 64, 5120, 128):  # and no more where tiles end with blocks
+        assert set(read.values()) == {(0, 64), (64, 64), (128, 72)}
+    if len(corners) > 2 * module._CORNERS:
+        assert set(read.values()) == {(0, rank)}
+
+
 class Blocks:
     """Stands for the compiled kernel: what each block makes and waits for, by the same numbers.
 
@@ -108,9 +146,9 @@ class Blocks:
         return bytes(128)
 
     def __call__(self, blocks, threads, argument, stream, cluster, early):
-        assert early and threads == 384 and cluster == 2 and len(argument) == MAPS + 64
+        assert early and threads == 384 and cluster == 2 and len(argument) == MAPS + 128
         given = module._ARGUMENTS.unpack(argument[MAPS:])
-        *_, made, tokens, outputs, inputs, rank, band, self.scale = given
+        made, tokens, outputs, inputs, rank, band, self.scale, *self.corners = given[2:]
         assert (tokens, outputs, inputs) == (self.x.shape[0], *self.w_r.shape)
         pairs, parts, added = -(-outputs // 256), -(-tokens // 256), -(-rank // 64)
         makings = added * -(-parts // 2) if made else 0
@@ -185,7 +223,11 @@ def test_every_tile_is_the_work_of_one_block(
     up = torch.zeros(rank, outputs, dtype=dtype).t() if rank else None
     z = torch.zeros(tokens, rank, dtype=dtype) if rank and not joined else None
     down = torch.zeros(rank, 512, dtype=dtype) if joined else None
-    y = gemm(packed, x, None, outputs, up, z, down, 0.5)
+    corners = (outputs // 2, rank // 2) if rank else ()
+    y = gemm(packed, x, None, outputs, up, z, down, 0.5, corners)
+    nowhere = 2**31 - 1
+    half = [[size // 2] if rank else [nowhere] for size in (outputs, rank)]
+    assert blocks.corners == [*half[0], nowhere, nowhere, *half[1], nowhere, nowhere]
     assert y.shape == (tokens, outputs) and y.dtype == dtype
     assert (blocks.rank, blocks.scale) == (rank, 0.5)
     adapter = [(outputs, rank, 128), (tokens, rank, 128)] if rank else []
@@ -289,6 +331,14 @@ def test_what_is_no_adapter_is_refused():
     ):
         with pytest.raises(ValueError, match=said):
             gemm(packed, x, None, 64, **given)
+
+
+@pytest.mark.parametrize("corners", [(8,), (0, 4), (32, 0), (64, 4), (32, 8), (40, 4, 32, 6)])
+def test_corners_that_do_not_lie_in_up_are_refused(corners):
+    x, packed = torch.zeros(200, 512), torch.zeros(layout.packed_numel(64, 512))
+    up, z = torch.zeros(64, 8), torch.zeros(200, 8)
+    with pytest.raises(ValueError, match=r"are not outputs and ranks in turns, rising, within 64"):
+        gemm(packed, x, None, 64, up, z, corners=corners)
 
 
 def test_an_adapter_needs_rows_of_whole_16_bytes():

@@ -62,13 +62,16 @@ def fake(tmp_path, monkeypatch):
     return library
 
 
+CORNERS = [32, 4]  # the op's: where the blocks of an adapter's up begin
+
+
 def operands(tokens=16, rank=0, only="cusparselt"):
     layer = slope.SlopeLinear(128, 64, dtype=torch.bfloat16)
     x = torch.randn(tokens, 128, dtype=torch.bfloat16, requires_grad=True)
     down = torch.randn(rank, 128, dtype=torch.bfloat16) if rank else None
     up = torch.randn(64, rank, dtype=torch.bfloat16) if rank else None
     masks = layer.metadata, layer.column_mask
-    return layer, (x, layer.values, *masks, None, layer.bias, down, up, 0.5, only)
+    return layer, (x, layer.values, *masks, None, layer.bias, down, up, 0.5, only, [])
 
 
 @pytest.mark.parametrize("tokens", [1, 13, 16, 100])
@@ -136,7 +139,7 @@ def test_the_compiled_kernel_adds_the_adapter_if_it_splits_it(fake, monkeypatch,
 def test_where_x_down_is_made_competes_for_each_kind_of_scale(fake, monkeypatch):
     asked = []
 
-    def gemm(packed, x, bias, out_features, up=None, z=None, down=None, scale=1.0):
+    def gemm(packed, x, bias, out_features, up=None, z=None, down=None, scale=1.0, corners=()):
         asked.append("up" if up is None else "joined" if z is None else "ahead")
         return x.new_zeros(x.shape[0], out_features)
 
@@ -160,7 +163,8 @@ def test_the_kernel_for_many_tokens_adds_the_adapter_that_it_can_read(
 ):
     calls, asked = [], []
 
-    def gemm(packed, x, bias, out_features, up=None, z=None, down=None, scale=1.0):
+    def gemm(packed, x, bias, out_features, up=None, z=None, down=None, scale=1.0, corners=()):
+        assert list(corners) == (CORNERS if up is not None else [])
         calls.append(
             tuple(name for name, has in (("up", up), ("z", z), ("down", down)) if has is not None)
         )
@@ -175,7 +179,7 @@ def test_the_kernel_for_many_tokens_adds_the_adapter_that_it_can_read(
     monkeypatch.setattr(ops, "WAYS", (way,))
     monkeypatch.setattr(ops, "why_no_gemm", lambda *case: asked.append(case))
     layer, given = operands(tokens=100, rank=rank, only="gemm")
-    given = *given[:8], scale, *given[9:]
+    given = *given[:8], scale, given[9], CORNERS
     term = slope.backends.AdapterTerm(*given[6:8], scale) if rank else None
     with torch.no_grad():
         y = torch.ops.slope.sparse_linear(*given)
@@ -337,6 +341,6 @@ def test_an_op_drops_an_operand_that_other_values_were_packed_into(monkeypatch):
     metadata = torch.zeros(32, 4, dtype=torch.uint8)
     for each in (values, moved):
         torch.ops.slope.sparse_linear(
-            x, each, metadata, metadata, packed, None, None, None, 1.0, ""
+            x, each, metadata, metadata, packed, None, None, None, 1.0, "", []
         )
     assert seen[0] is not None and seen[1] is None

@@ -173,6 +173,38 @@ def test_a_product_of_many_tokens(outputs, inputs, tokens, rank, way, dtype, mon
 
 
 @NO_GEMM
+@pytest.mark.parametrize("way", gemm.WAYS)
+@pytest.mark.parametrize(
+    ("outputs", "ranks"),
+    [
+        ((4096, 1024, 1024), (64, 64, 64)), ((512, 512), (24, 40)), ((192, 128, 320), (8, 136, 16)),
+        ((128,) * 5, (8,) * 5),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_blocks_on_a_diagonal(outputs, ranks, way):
+    """What is left out is zeros: the same bits come of it."""
+    settings = {"device": "cuda", "dtype": torch.bfloat16}
+    torch.manual_seed(0)
+    total, rank, inputs = sum(outputs), sum(ranks), 768
+    layer = a_layer((total, inputs), values_dtype=torch.bfloat16).requires_grad_(False)
+    packed = ops._kernels().pack_rows(layer.values, layer.metadata, torch.bfloat16)
+    x = torch.randn(3000, inputs, **settings)
+    down = torch.randn(rank, inputs, **settings) / inputs**0.5
+    up = torch.block_diag(
+        *(torch.randn(o, r, **settings) for o, r in zip(outputs, ranks, strict=True))
+    )
+    corners = [0, 0]
+    for o, r in zip(outputs, ranks, strict=True):
+        corners += corners[-2] + o, corners[-1] + r
+    given = packed, x, layer.bias, total, down, up, 0.5, way
+    y = gemm.gemm_with_adapter(*given, corners[2:-2])
+    assert torch.equal(y, gemm.gemm_with_adapter(*given))
+    z = (0.5 * x.float() @ down.float().t()).bfloat16().float()
+    expected = torch.nn.functional.linear(x.float(), layer.to_dense().float(), layer.bias.float())
+    assert error(y, expected + z @ up.float().t()) < ROUNDING[torch.bfloat16] / 2
+
+
+@NO_GEMM
 def test_adapters_of_two_streams_do_not_wait_for_each_other():
     """Each finds as much room as the other leaves, and its clusters wait for what they make."""
     outputs, inputs, tokens, rank = 1024, 1024, 9000, 144

@@ -34,11 +34,16 @@ class SparseWeight(NamedTuple):
 
 
 class AdapterTerm(NamedTuple):
-    """``scale * (X downᵀ) upᵀ``, added to Y: down (R, I), up (O, R), dtype of X."""
+    """``scale * (X downᵀ) upᵀ``, added to Y: down (R, I), up (O, R), dtype of X.
+
+    Where ``up`` is blocks on a diagonal, ``corners`` are the output and the rank at which the
+    second begins, the third, and so on.
+    """
 
     down: Tensor | None
     up: Tensor | None
     scale: float
+    corners: tuple[int, ...] = ()
 
 
 class Operands(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-VERSION = 10
+VERSION = 11
 
 
 def default_folder() -> Path:

@@ -59,10 +59,10 @@ class AutoBackend:
         """(T, I) -> (T, O)."""
         if operands is not None or not self._serves(weight, x):
             return self._dense.forward(x, weight, bias, operands, adapter)
-        down, up, scale = adapter or AdapterTerm(None, None, 1.0)
+        down, up, scale, corners = adapter or AdapterTerm(None, None, 1.0)
         arguments = (
             x, weight.values, weight.metadata, weight.column_mask, weight.packed, bias,
-            down, up, scale, self._only or "",
+            down, up, scale, self._only or "", corners,
         )  # fmt: skip
         if torch.compiler.is_compiling():
             return torch.ops.slope.sparse_linear(*arguments)

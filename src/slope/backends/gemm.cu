@@ -36,6 +36,7 @@ constexpr int PLACES = 512;  // bytes of a tile of metadata
 constexpr int A_STAGE = A_BYTES + 2 * GROUPS * PLACES;
 constexpr int PARTS = TOKENS / PART, Y_PART = 128 * PART;
 constexpr int RANKS = 64, DOWN_BYTES = 128 * RANKS;  // of Z that a block makes together; of 64 columns of down
+constexpr int CORNERS = 3;
 constexpr int A_AT = STAGES * X_BYTES, Y_AT = A_AT + A_STAGES * A_STAGE;
 constexpr int BARRIERS = Y_AT + GROUPS * BUFFERS * Y_PART;  // begin there
 static_assert(TOKENS % PART == 0 && PART % 16 == 0, "a part of Y has whole tiles of 16 tokens");
@@ -57,6 +58,8 @@ struct Arguments {
     int tokens, outputs, inputs, rank;
     int band;  // pairs of tiles of outputs whose tokens come one after another
     float scale;  // of the adapter, where Z is made
+    // Where up is blocks on a diagonal: at which output and rank each but the first begins, or beyond all.
+    int corner_outputs[CORNERS], corner_ranks[CORNERS];
 };
 
 // That many bytes further.
@@ -170,6 +173,21 @@ struct Place {
     int row, token;
 };
 
+struct Ranks {
+    int first, count;
+};
+
+// Those that are not zeros in up, of the outputs of the pair of tiles that one of these rows belongs to.
+__device__ __forceinline__ Ranks ranks_of(const Arguments& arg, int row) {
+    const int top = row / (BLOCKS * ROWS) * (BLOCKS * ROWS);
+    int first = 0, end = arg.rank;
+    for (int i = 0; i < CORNERS; ++i) {
+        if (arg.corner_outputs[i] <= top) first = arg.corner_ranks[i];
+        if (arg.corner_outputs[i] >= top + BLOCKS * ROWS) end = min(end, arg.corner_ranks[i]);
+    }
+    return {first, end - first};
+}
+
 // Tiles of a band of outputs come token by token, so that both operands of those at work stay in the cache.
 __device__ __forceinline__ Place place_of(const Arguments& arg, int number, int pairs, int parts, int block) {
     const int first = number / (arg.band * parts) * arg.band, within = number - first * parts;
@@ -186,9 +204,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     const int block = blockIdx.x % BLOCKS;
     const int pairs = (arg.outputs + BLOCKS * ROWS - 1) / (BLOCKS * ROWS);
     const int parts = (arg.tokens + TOKENS - 1) / TOKENS, tiles = pairs * parts;
-    const int steps = arg.inputs / 64, added = ADAPTED ? (arg.rank + RANKS - 1) / RANKS : 0;
+    const int steps = arg.inputs / 64, making_ranks = ADAPTED ? (arg.rank + RANKS - 1) / RANKS : 0;
     // Of a cluster, each for the tokens of two tiles.
-    const int makings = ADAPTED && arg.made ? added * ((parts + BLOCKS - 1) / BLOCKS) : 0;
+    const int makings = ADAPTED && arg.made ? making_ranks * ((parts + BLOCKS - 1) / BLOCKS) : 0;
     const int clusters = gridDim.x / BLOCKS - makings;  // that make tiles
     const u32 turn = a_empty + 8 * A_STAGES;
     asm volatile("griddepcontrol.launch_dependents;");
@@ -211,8 +229,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
     if (makings) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(number) : "r"(turn) : "memory");
     const bool makes = number < makings;
     // Tokens of this block, and the first of the ranks.
-    const int making_token = makes ? (number / added * BLOCKS + block) * TOKENS : 0;
-    const int making_rank = makes ? number % added * RANKS : 0;
+    const int making_token = makes ? (number / making_ranks * BLOCKS + block) * TOKENS : 0;
+    const int making_rank = makes ? number % making_ranks * RANKS : 0;
     number = makes ? tiles : number - makings;
     auto first_tile = [&]() { return number; };
 #else
@@ -271,11 +289,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
                 if (step % 2 == 0) copy_a(arg.values_map, 32 * step, min(2, steps - step));
                 copy_x(arg.x_map, 64 * step);
             }
-            for (int step = 0; step < added; ++step) {
-                copy_a(arg.up_map, 64 * step, 0);
-                if (makings && step == 0) wait_for_count(arg.made + 1 + tile.token / TOKENS, GROUPS * added);
-                copy_x(arg.z_map, 64 * step);
+#if ADAPTED
+            const Ranks ranks = ranks_of(arg, tile.row);
+            for (int done = 0; done < ranks.count; done += RANKS) {
+                copy_a(arg.up_map, ranks.first + done, 0);
+                if (makings && done == 0)
+                    wait_for_count(arg.made + 1 + tile.token / TOKENS, GROUPS * making_ranks);
+                copy_x(arg.z_map, ranks.first + done);
             }
+#endif
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
@@ -397,14 +419,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
             }
 #if ADAPTED
             if (steps % 2) a.next();
-            for (int step = 0; step < added; ++step) {
+            for (int left = ranks_of(arg, tile.row).count; left > 0; left -= RANKS) {
                 wait_for(a_full + a.barrier, a.parity);
                 wait_for(full + x.barrier, x.parity);
                 const u64 up = further(a_tile, a.tile), z = further(x_tile, x.tile);
                 // Sums of sparse products are still in flight: those of dense ones have the same registers.
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 auto multiply = [&](int k) { multiply_dense(sums, further(up, 32 * k), further(z, 32 * k), 1); };
-                const int left = arg.rank - RANKS * step;
                 if (left >= RANKS) {
 #pragma unroll
                     for (int k = 0; k < 4; ++k) multiply(k);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,10 @@ _SHARED = (
     + 2 * _BUFFERS * 128 * _PART
     + 16  # a cluster's number
 )
-_ARGUMENTS = struct.Struct("3Q 5i f 16x")  # behind seven ``CUtensorMap``, a multiple of 64 bytes
+_CORNERS = 3
+_NOWHERE = 2**31 - 1
+# Behind seven ``CUtensorMap``, a multiple of 64 bytes.
+_ARGUMENTS = struct.Struct(f"3Q 5i f {2 * _CORNERS}i 56x")
 _RANKS = 64  # of Z that a block makes together
 # By which Z can be multiplied: in fp16 it must neither overflow sooner nor lose digits.
 _SCALES = {torch.bfloat16: (2.0**-60, 2.0**60), torch.float16: (2.0**-10, 1.0)}
@@ -124,6 +128,7 @@ def gemm(
     z: Tensor | None = None,
     down: Tensor | None = None,
     scale: float = 1.0,
+    corners: Sequence[int] = (),
 ) -> Tensor:
     """``Y = X (W^R)ᵀ + b [+ Z upᵀ]`` in one launch; sums in fp32, rounded once.
 
@@ -142,13 +147,16 @@ def gemm(
         z: (T, R), likewise, or None where it shall be made.
         down: (R, I), likewise, or None where ``z`` is given.
         scale: of the adapter, where Z is made.
+        corners: where ``up`` is blocks on a diagonal with zeros beside them: output and rank at
+            which the second begins, the third, and so on. Most of what is zero is not read then.
 
     Returns:
         (T, O), dtype of ``x``.
 
     Raises:
-        ValueError: if the operand is too narrow or has no whole tiles, or what is given of an
-            adapter is not ``up`` with one of ``z`` and ``down``, of these shapes and that dtype.
+        ValueError: if the operand is too narrow or has no whole tiles, what is given of an
+            adapter is not ``up`` with one of ``z`` and ``down``, of these shapes and that dtype,
+            or the corners do not lie in ``up``, each below and right of the one before.
         RuntimeError: if the kernel cannot be compiled, loaded or launched.
     """
     tokens, in_features = x.shape
@@ -159,6 +167,7 @@ def gemm(
         )
     rank = 0 if up is None else up.shape[1]
     _check_adapter(x, {"up": up, "z": z, "down": down}, out_features, rank)
+    _check_corners(corners, out_features, rank)
     y = x.new_empty((tokens, out_features))
     if not y.numel():
         return y
@@ -181,7 +190,7 @@ def gemm(
     argument = maps + _ARGUMENTS.pack(
         packed.data_ptr() + 2 * values.numel(), 0 if bias is None else bias.data_ptr(),
         0 if made is None else made.data_ptr(), tokens, out_features, in_features, rank, _BAND,
-        scale,
+        scale, *_corner_table(corners),
     )  # fmt: skip
     tiles = -(-out_features // (_BLOCKS * _ROWS)) * parts
     gpu: Any = torch.cuda.get_device_properties(device)
@@ -202,6 +211,7 @@ def gemm_with_adapter(
     up: Tensor,
     scale: float,
     way: str,
+    corners: Sequence[int] = (),
 ) -> Tensor:
     """:func:`gemm` with ``scale * X downᵀ`` made in one of :data:`WAYS`, without gradients.
 
@@ -216,15 +226,38 @@ def gemm_with_adapter(
         up: (O, R), dtype of ``x``.
         scale: of the adapter.
         way: where X downᵀ is made.
+        corners: as there.
 
     Returns:
         (T, O), dtype of ``x``.
     """
     if way == JOINED:
-        return gemm(packed, x, bias, out_features, up, down=down, scale=scale)
+        return gemm(packed, x, bias, out_features, up, None, down, scale, corners)
     z = x.new_empty((x.shape[0], up.shape[1]))
     torch.addmm(z, x, down.t(), beta=0, alpha=scale, out=z)
-    return gemm(packed, x, bias, out_features, up, z)
+    return gemm(packed, x, bias, out_features, up, z, corners=corners)
+
+
+def _check_corners(corners: Sequence[int], out_features: int, rank: int) -> None:
+    outputs, ranks = list(corners[::2]), list(corners[1::2])
+    if not corners:
+        return
+    for found, most in ((outputs, out_features), (ranks, rank)):
+        bounds = [0, *found, most]
+        if len(outputs) != len(ranks) or bounds != sorted(set(bounds)):
+            raise ValueError(
+                f"corners={tuple(corners)} are not outputs and ranks in turns, rising, within "
+                f"{out_features} x {rank}; give where each block of up begins but the first"
+            )
+
+
+def _corner_table(corners: Sequence[int]) -> list[int]:
+    """The argument of the kernel: outputs, then ranks; more than it takes count as none."""
+    outputs, ranks = list(corners[::2]), list(corners[1::2])
+    if len(outputs) > _CORNERS:
+        outputs, ranks = [], []
+    unused = [_NOWHERE] * (_CORNERS - len(outputs))
+    return [*outputs, *unused, *ranks, *unused]
 
 
 def _check_adapter(

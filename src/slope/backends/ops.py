@@ -62,6 +62,7 @@ class Product(NamedTuple):
         only: the path asked for, empty for the fastest.
         device: of all tensors.
         usual_scale: whether a kernel may multiply X downᵀ by the adapter's scale.
+        corners: of the blocks that ``up`` consists of.
     """
 
     operation: str
@@ -75,6 +76,7 @@ class Product(NamedTuple):
     only: str
     device: torch.device
     usual_scale: bool = True
+    corners: tuple[int, ...] = ()
 
 
 @functools.cache
@@ -106,6 +108,7 @@ def sparse_linear_forward(
     up: Tensor | None,
     scale: float,
     only: str,
+    corners: Sequence[int] = (),
 ) -> Tensor:
     """Y = X (W^R)ᵀ + b [+ scale (X downᵀ) upᵀ].
 
@@ -120,6 +123,7 @@ def sparse_linear_forward(
         up: (O, R), dtype of ``x``, or None.
         scale: of the adapter.
         only: a path's name, or empty for the fastest.
+        corners: where ``up`` is blocks on a diagonal; see :class:`AdapterTerm`.
 
     Returns:
         (T, O), dtype of ``x``.
@@ -146,7 +150,9 @@ def sparse_linear_forward(
     def own(algorithm: str | None) -> Tensor:
         if down is None or up is None or algorithm is None:
             return with_adapter(gemm(operand(), x, bias, out_features))
-        return gemm_with_adapter(operand(), x, bias, out_features, down, up, scale, algorithm)
+        return gemm_with_adapter(
+            operand(), x, bias, out_features, down, up, scale, algorithm, corners
+        )
 
     def dense(_: None) -> Tensor:
         w_r = _kernels().expand(values, metadata, None, x.dtype)
@@ -174,6 +180,7 @@ def sparse_linear_forward(
     product = Product(
         "forward", out_features, in_features, x.shape[0], x.dtype, values.dtype,
         packed is not None, rank, only, x.device, not rank or takes_scale(scale, x.dtype),
+        tuple(corners),
     )  # fmt: skip
     paths: dict[str, Callable[[Any], Tensor]] = {
         "cusparselt": cusparselt, "gemm": own, "mma": mma, "triton": triton, "dense": dense
@@ -328,7 +335,7 @@ def _choose(
         key = ProductKey(
             product.operation, product.out_features, product.in_features, bucket(product.tokens),
             _name(product.dtype), _name(product.values_dtype), product.aliased, product.rank,
-            product.usual_scale,
+            product.usual_scale, ",".join(map(str, product.corners)),
         )  # fmt: skip
         choice = tuner().choose(key, wanted, algorithms)
     choice = replace(choice, path=only or choice.path, refused=refused | dict(choice.refused))
@@ -459,12 +466,13 @@ def sparse_linear(
     up: Tensor | None,
     scale: float,
     only: str,
+    corners: Sequence[int],
 ) -> Tensor:
     """:func:`sparse_linear_forward` as an op; its gradients are those of SLoPe."""
     if packed is not None and packed.data_ptr() != values.data_ptr():
         packed = None  # other values since the graph was made
     return sparse_linear_forward(
-        x, values, metadata, column_mask, packed, bias, down, up, scale, only
+        x, values, metadata, column_mask, packed, bias, down, up, scale, only, corners
     )
 
 
@@ -480,6 +488,7 @@ def _(
     up: Tensor | None,
     scale: float,
     only: str,
+    corners: Sequence[int],
 ) -> Tensor:
     return x.new_empty((x.shape[0], values.shape[0]))
 
@@ -520,7 +529,7 @@ def _(values: Tensor, metadata: Tensor) -> Tensor:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, metadata, column_mask_, _, bias, down, up, scale, only = inputs
+    x, values, metadata, column_mask_, _, bias, down, up, scale, only, _ = inputs
     ctx.save_for_backward(x, values, metadata, column_mask_, down, up)
     ctx.scale, ctx.only, ctx.has_bias = scale, only, bias is not None
 
@@ -539,7 +548,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ddown, dup = dlow.t() @ x, (dy.t() @ (x @ down.t())) * ctx.scale
         if dx is not None:
             dx = dx + dlow @ down
-    return dx, dvalues, None, None, None, dbias, ddown, dup, None, None
+    return dx, dvalues, None, None, None, dbias, ddown, dup, None, None, None
 
 
 sparse_linear.register_autograd(_backward, setup_context=_keep_for_backward)

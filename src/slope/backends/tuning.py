@@ -48,6 +48,7 @@ class ProductKey:
         aliased: whether the values lie in the packed operand already.
         adapter_rank: of an adapter computed along, 0 without.
         usual_scale: whether a kernel may multiply X downᵀ by its scale.
+        corners: of the blocks that its ``up`` consists of, or empty.
     """
 
     operation: str
@@ -59,6 +60,7 @@ class ProductKey:
     aliased: bool = False
     adapter_rank: int = 0
     usual_scale: bool = True
+    corners: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,21 @@ from slope.bench.results import Row, number
 from slope.bench.timing import Call
 
 _DENSE = "dense"
+_FUSED = " + fuse"
 _LONGEST = 2048  # tokens of a prompt in one sequence; more are several sequences
+_GRAPHS = 8  # that blocks of one model may need, compiled; torch's own limit is for all contenders
+
+
+class Contender(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        rank: of adapters, as a ratio of d_in; None is the dense model.
+        fused: whether projections that read the same input are one product.
+    """
+
+    rank: float | None
+    fused: bool
 
 
 class InferBench(Experiment):
@@ -45,9 +59,14 @@ class InferBench(Experiment):
         self.sizes = [("prompt", t) for t in counts(options.prompt, prompts, "prompt")]
         self.sizes += [("decode", t) for t in counts(options.tokens, decoded, "tokens")]
         compiled = " + compile" if options.compile else ""
-        self.dense = _DENSE + compiled
-        self.contenders: dict[str, float | None] = {self.dense: None}
-        self.contenders |= {f"slope r={100 * rank:.4g}%{compiled}": rank for rank in self.ranks}
+        kinds: dict[str, float | None] = {_DENSE: None}
+        kinds |= {f"slope r={100 * rank:.4g}%": rank for rank in self.ranks}
+        self.contenders = {
+            name + fused + compiled: Contender(rank, bool(fused))
+            for name, rank in kinds.items()
+            for fused in (("", _FUSED) if options.fuse else ("",))
+        }
+        self.dense = [name for name, each in self.contenders.items() if each.rank is None]
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +82,10 @@ class InferBench(Experiment):
         parser.add_argument(
             "--compile", action="store_true", help="all contenders with torch.compile, by block"
         )
+        parser.add_argument(
+            "--fuse", action="store_true",
+            help="each contender also with projections of the same input as one product",
+        )  # fmt: skip
         parser.add_argument("--compiler", help=COMPILER_HELP)
 
     def cases(self) -> Sequence[ModelCase]:
@@ -81,26 +104,33 @@ class InferBench(Experiment):
         for done, (phase, tokens) in enumerate(self.sizes):
             if done and lab.late:
                 size = {"phase": phase, "tokens": tokens}
-                yield size | {"contender": self.dense, "failed": "no time left"}
+                yield size | {"contender": self.dense[0], "failed": "no time left"}
                 continue
             torch.compiler.reset()  # a graph is for one number of tokens
             factories = {
                 name: (lambda name=name, size=(phase, tokens): prepare(name, *size))
                 for name in self.contenders
             }
-            for row in lab.compare(factories, [self.dense]):
+            with torch._dynamo.config.patch(
+                recompile_limit=_GRAPHS * len(factories), fail_on_recompile_limit_hit=True
+            ):
+                rows = lab.compare(factories, self.dense)
+            for row in rows:
                 name, time = row["contender"], row.get("median_us")
                 if time:
                     row["tokens_per_s"] = tokens / time * 1e6
                     row["gb_per_s"] = _bytes_read(made[name]) / time * 1e-3
-                rank = self.contenders[name]
+                rank = self.contenders[name].rank
                 yield {"phase": phase, "tokens": tokens, "rank_ratio": rank} | row
 
-    def _build(self, case: ModelCase, device: torch.device, rank: float | None) -> nn.Module:
-        config = None if rank is None else slope.SparsityConfig(adapter_rank=rank)
+    def _build(self, case: ModelCase, device: torch.device, what: Contender) -> nn.Module:
+        config = None if what.rank is None else slope.SparsityConfig(adapter_rank=what.rank)
         context = self.options.context or 0
         model = models.build(case, context + 1, device, torch.bfloat16, config)
         model.eval().requires_grad_(False)
+        if what.fused:
+            ids = models.random_tokens(model, 1, 1, device)
+            slope.fuse_projections(model, input_ids=ids, use_cache=False)
         if self.options.compile:
             with torch.inference_mode():  # frozen layers make their operands in eager mode
                 model(input_ids=models.random_tokens(model, 1, 1, device), use_cache=False)
@@ -130,14 +160,14 @@ class InferBench(Experiment):
     def cell(self, row: Row) -> str:
         """Time, speed-up, bytes per second."""
         text = f"{number(row['median_us'] / 1e3, 3)} ms"
-        if row.get("speed_up") is not None and row["contender"] != self.dense:
+        if row.get("speed_up") is not None and row["contender"] not in self.dense:
             text += f", {number(row['speed_up'])}×"
         return f"{text}, {number(row['gb_per_s'], 0)} GB/s"
 
     def point(self, row: Row) -> tuple[str, str, Any, float | None]:
         """Speed-up over models and tokens."""
         x = f"{row['model']}, {row['layers']} blocks, {row['tokens']}"
-        speed = row.get("speed_up") if row["contender"] != self.dense else None
+        speed = row.get("speed_up") if row["contender"] not in self.dense else None
         return f"{row['phase']}, {row['mode']}", row["contender"], x, speed
 
 
@@ -169,7 +199,7 @@ def _bytes_read(model: nn.Module) -> int:
         if isinstance(module, slope.SlopeLinear):
             total += module.values.nbytes + module.metadata.nbytes
             total += sum(p.nbytes for p in module.adapter.parameters()) if module.adapter else 0
-        elif type(module).__name__ in ("Linear", "Conv1D"):
+        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             weight = module.weight
             assert isinstance(weight, Tensor)
             total += weight.nbytes
