@@ -24,7 +24,7 @@ RANKS = {
     "methods": 6,
     "layers": 7,
     "sparsity": 8,
-    "convert": 9,
+    "convert": 9, "fusion": 9,
     "diagnostics": 10,
     "schedule": 11,
     "integrations": 12,
@@ -34,7 +34,7 @@ APPLICATION = 13
 ALONE = {"adapters": {"torch"}, "config": {"torch", "slope.pattern"}}
 LIGHT = (
     "pattern", "masks", "compressed", "functional", "linear", "layers", "sparsity", "convert",
-    "schedule",
+    "fusion", "schedule",
 )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def fuse_projections(model: nn.Module, *args: Any, **kwargs: Any) -> list[Fusion
     would not be right: with gradients, called with another tensor than the first of its group, or
     behind ``.to()``, until an eager call has put them together again. Call it when the weights are
     loaded and before ``torch.compile``; a compiled model does not see that ``.data`` of a parameter
-    was bound to other memory.
+    was bound to other memory, nor that an input was written between two layers of a group.
 
     Args:
         model: whose parameters are frozen, ``model.requires_grad_(False)``.
@@ -162,7 +162,7 @@ class _Group:
         self.members: tuple[Any, ...] = tuple(members)
         ends = list(accumulate(member.out_features for member in self.members))
         self._columns = list(zip([0, *ends], ends, strict=False))
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, int | None, Tensor] | None = None
         self._whole: Any = None
         self._state: tuple[Any, ...] | None = None
         for index, member in enumerate(self.members):
@@ -179,17 +179,17 @@ class _Group:
         """Y of a member, or None where it is to go on alone."""
         if index:
             last = self._last
-            if last is None or last[0] is not x:
+            if last is None or last[0] is not x or last[1] != _version(x):
                 return None
         else:
             whole = self._current(x)
             if whole is None:
                 return None
-            last = self._last = x, whole(x)
+            last = self._last = x, _version(x), whole(x)
         if index == len(self.members) - 1:
             self._last = None
         start, end = self._columns[index]
-        return last[1][..., start:end]
+        return last[2][..., start:end]
 
     def drop(self) -> None:
         """Forget the product: what it was made of may have changed."""
@@ -222,8 +222,14 @@ class _Group:
         """What the product was made of: it need not be made anew while this stays."""
         tensors = [t for m in self.members for t in (*m.parameters(), *m.buffers())]
         scales = [_adapter_scale(m) for m in self.members if isinstance(m, AdaptedLinear)]
-        versions = [None if t.is_inference() else t._version for t in tensors]
-        return tuple(t.data_ptr() for t in tensors), tuple(versions), tuple(scales)
+        return tuple(t.data_ptr() for t in tensors), tuple(map(_version, tensors)), tuple(scales)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Changes with a write in place; None where nobody counts these, as in a graph."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version
 
 
 class _Member:
@@ -238,7 +244,7 @@ class _Member:
         return super().forward(x) if y is None else y  # type: ignore[misc]
 
 
-class _FusedSlopeLinear(_Member, SlopeLinear):
+class FusedSlopeLinear(_Member, SlopeLinear):
     """A :class:`SlopeLinear` whose tensors are rows of its group's."""
 
     def invalidate(self) -> None:
@@ -251,10 +257,10 @@ class _FusedSlopeLinear(_Member, SlopeLinear):
         return None
 
 
-class _FusedLinear(_Member, nn.Linear):
+class FusedLinear(_Member, nn.Linear):
     """An ``nn.Linear`` whose tensors are rows of its group's."""
 
-    def _apply(self, fn: Any, recurse: bool = True) -> _FusedLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedLinear:
         self._group.drop()
         super()._apply(fn, recurse)
         return self
@@ -264,7 +270,7 @@ class _FusedLinear(_Member, nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-_MEMBERS: dict[type, type] = {SlopeLinear: _FusedSlopeLinear, nn.Linear: _FusedLinear}
+_MEMBERS: dict[type, type] = {SlopeLinear: FusedSlopeLinear, nn.Linear: FusedLinear}
 
 
 def _joined_sparse(members: Sequence[SlopeLinear]) -> SlopeLinear:
