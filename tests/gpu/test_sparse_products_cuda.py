@@ -177,8 +177,8 @@ def test_a_product_of_many_tokens(outputs, inputs, tokens, rank, way, dtype, mon
 @pytest.mark.parametrize(
     ("outputs", "ranks"),
     [
-        ((4096, 1024, 1024), (64, 64, 64)), ((256, 512), (48, 80)), ((512, 512), (24, 40)), ((192, 128, 320), (8, 136, 16)),
-        ((128,) * 5, (8,) * 5),
+        ((4096, 1024, 1024), (64, 64, 64)), ((256, 512), (48, 80)), ((512, 512), (24, 40)),
+        ((192, 128, 320), (8, 136, 16)), ((128,) * 5, (8,) * 5),
     ],
 )  # fmt: skip
 def test_an_adapter_of_blocks_on_a_diagonal(outputs, ranks, way):
