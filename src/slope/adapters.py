@@ -59,6 +59,8 @@ class Adapter(nn.Module):
         ValueError: if the rank does not fit the layer, or the initialisation is unknown.
     """
 
+    corners: tuple[int, ...] = ()
+
     def __init__(
         self,
         in_features: int,
@@ -84,7 +86,6 @@ class Adapter(nn.Module):
         self.rank = rank
         self.scale = 1.0 / rank if scale is None else float(scale)
         self.active = False
-        self.corners: tuple[int, ...] = ()
         self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         if self.down.device.type != "meta":

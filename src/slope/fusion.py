@@ -2,13 +2,14 @@
 
 With few tokens a product costs some microseconds beside the bytes that it reads, so few large ones
 are faster than many small ones. The layers stay in the model under their names, with their
-parameters, which become rows of one weight in one piece of memory: Y of layer i is
+parameters, which become parts of one weight in one piece of memory: Y of layer i is
 ``X [W_1; W_2; …]ᵀ + [b_1, b_2, …]`` at its own columns. An adapter of the whole has the ``down`` of
 all in one and their ``up`` in blocks on the diagonal.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -18,7 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from slope.adapters import Adapter
+from slope.backends.support import KERNEL_DTYPES
 from slope.linear import AdaptedLinear, SlopeLinear
+
+_PARAMETERS = "values", "weight", "bias"
+_BUFFERS = "metadata", "column_mask"
 
 
 class Fusion(NamedTuple):
@@ -38,15 +43,22 @@ def fuse_projections(model: nn.Module, *args: Any, **kwargs: Any) -> list[Fusion
 
     The model is called once, without gradients, to see which layers those are: :class:`SlopeLinear`
     called one after another with the same tensor, and ``nn.Linear`` likewise. State dict, names and
-    parameters stay as they are; parameters share memory. Each layer goes on alone wherever fusing
-    would not be right: with gradients, called with another tensor than the first of its group, or
-    behind ``.to()``, until an eager call has put them together again. Call it when the weights are
-    loaded and before ``torch.compile``; a compiled model does not see that ``.data`` of a parameter
-    was bound to other memory, nor that an input was written between two layers of a group.
+    parameters stay as they are. Parameters share memory, which ``safetensors.torch.save_model``
+    refuses; those of adapters are strided. What a layer gives are columns of a wider tensor.
+
+    Parameters may be written in place. A layer goes on alone where it is called with another tensor
+    than the first of its group, or where gradients are wanted. A group ends, with a warning, when
+    a parameter is bound to other memory, moved, trained, or replaced, when a mask is written or an
+    adapter begins or ceases to be active: then call this again. Copies and pickles are apart. What
+    is not seen: in a compiled model that ``.data`` of a parameter is bound to other memory; there
+    and in inference mode an input that is written between two layers of a group in some calls,
+    and not in the one that is made here.
+
+    Call it when the weights are loaded and before ``torch.compile``.
 
     Args:
         model: whose parameters are frozen, ``model.requires_grad_(False)``.
-        args: of the call, for example a batch of one token.
+        args: of the call: a batch that reaches all layers, else as small as you like.
         kwargs: of the call.
 
     Returns:
@@ -60,25 +72,33 @@ def fuse_projections(model: nn.Module, *args: Any, **kwargs: Any) -> list[Fusion
         >>> slope.fuse_projections(model, input_ids=torch.tensor([[0]]))
         [Fusion(names=('…layers.1.self_attn.q_proj', '…k_proj', '…v_proj'), why_apart=None), …]
     """
+    for module in list(model.modules()):
+        if type(module) in _FUSED:
+            _end(module)
     names = {module: name for name, module in model.named_modules() if _kind(module) is not None}
     groups = _called_together(model, list(names), lambda: model(*args, **kwargs))
     if not groups:
         raise ValueError(
             "fuse_projections() found no linear layers that are called one after another with the "
-            "same input; nothing is to be gained for this model."
+            "same input; nothing is to be gained for this model, or it is compiled already."
         )
     company = Counter(module for group in groups for module in group)
-    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    fusions = []
+    places = Counter(
+        parameter.data_ptr()
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None and _is_plain(parameter)
+    )
+    fusions, slot = [], _Slot()
     for group in groups:
         why = _why_apart(group)
         if any(company[module] > 1 for module in group):
             why = "a layer is called in other company too"
-        elif any(shared[id(p)] > 1 for module in group for p in module.parameters()):
+        elif why is None and any(places[p.data_ptr()] > 1 for m in group for p in m.parameters()):
             why = "a parameter is shared with another layer"
         fusions.append(Fusion(tuple(names[module] for module in group), why))
         if why is None:
-            _Group(group)
+            _Group(group, fusions[-1].names, slot).begin()
     if all(fusion.why_apart for fusion in fusions):
         first = fusions[0]
         raise ValueError(
@@ -93,23 +113,25 @@ def _called_together(
 ) -> list[tuple[nn.Module, ...]]:
     """Layers of one kind that a call of the model gives the same tensor, one after another."""
     runs: list[list[nn.Module]] = []
-    last: list[Any] = [None, None]  # tensor and kind
+    last: list[Any] = [None] * 3  # tensor, its version, kind
 
     def seen(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x, kind = inputs[0] if inputs else None, _kind(module)
-        if x is None or x is not last[0] or kind is not last[1]:
+        x = inputs[0] if inputs else None
+        now = x, None if x is None else _version(x), _kind(module)
+        if x is None or x is not last[0] or now[1:] != tuple(last[1:]):
             runs.append([])
         runs[-1].append(module)
-        last[:] = x, kind
+        last[:] = now
 
     hooks = [layer.register_forward_pre_hook(seen) for layer in layers]
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
             model.eval()
             call()
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         for hook in hooks:
             hook.remove()
     return list(dict.fromkeys(tuple(run) for run in runs if len(run) > 1))
@@ -117,24 +139,28 @@ def _called_together(
 
 def _kind(module: nn.Module) -> type | None:
     """What a layer can be fused as."""
-    for kind in (SlopeLinear, nn.Linear):
-        if type(module) is kind or type(module) is _MEMBERS[kind]:
-            return kind
-    return None
+    return next((kind for kind in (SlopeLinear, nn.Linear) if type(module) is kind), None)
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether it is no tensor of a subclass, and holds numbers."""
+    return type(parameter.data) is Tensor and not parameter.is_meta
 
 
 def _why_apart(members: Sequence[Any]) -> str | None:
     """Reason why layers cannot be one product as they are, or None."""
     first = members[0]
     tensors = [parameter for member in members for parameter in member.parameters()]
-    if len(set(members)) < len(members):
-        return "a layer is called twice"
+    if any(not _is_plain(parameter) for parameter in tensors):
+        return "their parameters are sharded, or hold no numbers"
     if any(parameter.requires_grad for parameter in tensors):
         return "they are trained; call model.requires_grad_(False) first"
-    if any(type(parameter.data) is not Tensor or parameter.is_meta for parameter in tensors):
-        return "their parameters are sharded, or hold no numbers"
     if len({(parameter.dtype, parameter.device) for parameter in tensors}) > 1:
         return "their parameters differ in dtype or device"
+    if any(parameter.device.type == "cpu" and parameter.is_shared() for parameter in tensors):
+        return "their memory is shared with other processes"
+    if any(_has_more(member) for member in members):
+        return "they hold more than weights, or have a forward of their own"
     if isinstance(first, SlopeLinear):
         if len({(m.pattern, m._backend.name, m.prune_backward) for m in members}) > 1:
             return "their patterns or backends differ"
@@ -145,132 +171,279 @@ def _why_apart(members: Sequence[Any]) -> str | None:
     return None
 
 
-def _adapter_scale(member: AdaptedLinear) -> float | None:
+def _has_more(member: nn.Module) -> bool:
+    """Whether a layer holds what its class does not know of."""
+    known = {*_PARAMETERS, *_BUFFERS, "adapter"}
+    return "forward" in member.__dict__ or any(
+        not known.issuperset(held)
+        for held in (member._parameters, member._buffers, member._modules)
+    )
+
+
+def _adapter_scale(member: nn.Module) -> float | None:
     """Of an active adapter."""
-    adapter = member.adapter
+    adapter = member.adapter if isinstance(member, AdaptedLinear) else None
     return adapter.scale if adapter is not None and adapter.active else None
+
+
+class _Slot:
+    """The latest product: one for all groups of a model, so that no more than one is held.
+
+    Attributes:
+        eager: of calls as they come.
+        traced: inside a graph alone.
+        warned: whether it was said that a group has ended.
+    """
+
+    def __init__(self) -> None:
+        self.eager: tuple[Any, ...] | None = None
+        self.traced: tuple[Any, ...] | None = None
+        self.warned = False
 
 
 class _Group:
     """Layers that are one product, and that product's layer, which belongs to no module.
 
     Args:
-        members: in the order of their calls; they become members.
+        members: in the order of their calls.
+        names: of the members.
+        slot: of their model.
     """
 
-    def __init__(self, members: Sequence[Any]) -> None:
+    def __init__(self, members: Sequence[Any], names: Sequence[str], slot: _Slot) -> None:
         self.members: tuple[Any, ...] = tuple(members)
+        self._names, self._slot = ", ".join(names), slot
+        first = self.members[0]
+        # What moves into a tensor of inference mode could never be trained again.
+        self._inference = next(first.parameters()).is_inference()
+        with torch.inference_mode(self._inference), torch.no_grad():
+            sparse = isinstance(first, SlopeLinear)
+            self._whole: Any = (_joined_sparse if sparse else _joined_dense)(self.members)
         ends = list(accumulate(member.out_features for member in self.members))
         self._columns = list(zip([0, *ends], ends, strict=False))
-        self._last: tuple[Tensor, int | None, Tensor] | None = None
-        self._whole: Any = None
-        self._state: tuple[Any, ...] | None = None
+        self._scale = _adapter_scale(first)
+        self._contents: list[tuple[int | None, ...]] = []
+
+    def begin(self) -> None:
+        """Let the members' tensors be parts of the whole's."""
+        with torch.inference_mode(self._inference), torch.no_grad():
+            adapter, ranks = getattr(self._whole, "adapter", None), 0
+            for member, (start, end) in zip(self.members, self._columns, strict=True):
+                for held in (member._parameters, member._buffers):
+                    for name, part in held.items():
+                        if part is not None:
+                            part.data = getattr(self._whole, name)[start:end].data
+                if adapter is not None:
+                    rows = slice(ranks, ranks := ranks + member.adapter.rank)
+                    member.adapter.down.data = adapter.down[rows].data
+                    member.adapter.up.data = adapter.up[start:end, rows].data
+        self._tensors = [self._tensors_of(member) for member in self.members]
+        self._places = [self._places_of(tensors) for tensors in self._tensors]
         for index, member in enumerate(self.members):
             # As parametrizations do: names, hooks and references to the layers stay.
-            member.__class__ = _MEMBERS[_kind(member)]  # type: ignore[index]
+            member.__class__ = FusedSlopeLinear if type(member) is SlopeLinear else FusedLinear
             member._group, member._index = self, index
-        self._join()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes along: its members' memory is apart, so it joins anew."""
-        return {**self.__dict__, "_last": None, "_whole": None, "_state": None}
+    def end(self, why: str | None = None) -> None:
+        """Let the members go on alone.
 
-    def output(self, index: int, x: Tensor) -> Tensor | None:
+        Args:
+            why: reason to warn of, or None where it was asked for.
+        """
+        for member, tensors in zip(self.members, self._tensors, strict=True):
+            if type(member) in _FUSED:
+                member.__class__ = _FUSED[type(member)]
+            member.__dict__.pop("_group", None)
+            member.__dict__.pop("_index", None)
+            with torch.inference_mode(self._inference), torch.no_grad():
+                for tensor in tensors:
+                    if tensor is not None and type(tensor.data) is Tensor:
+                        tensor.data = tensor.data.contiguous()
+        self._whole = self._slot.eager = None
+        if why is not None and not self._slot.warned:
+            self._slot.warned = True
+            warnings.warn(
+                f"fused layers go on alone, {self._names} first: {why}; call "
+                "slope.fuse_projections(model, ...) again.",
+                stacklevel=2,
+            )
+
+    def output(self, member: Any, x: Tensor) -> Tensor | None:
         """Y of a member, or None where it is to go on alone."""
-        if index:
-            last = self._last
-            if last is None or last[0] is not x or last[1] != _version(x):
-                return None
-        else:
-            whole = self._current(x)
-            if whole is None:
-                return None
-            last = self._last = x, _version(x), whole(x)
-        if index == len(self.members) - 1:
-            self._last = None
+        index = getattr(member, "_index", None)  # a thread may just have ended the group
+        # A replica for another GPU is no member.
+        if index is None or self.members[index] is not member:
+            return None
+        if torch.is_grad_enabled() and x.requires_grad:
+            return None
+        y = self._traced(index, x) if torch.compiler.is_compiling() else self._eager(index, x)
+        if y is None:
+            return None
         start, end = self._columns[index]
-        return last[2][..., start:end]
+        return y[..., start:end]
 
-    def drop(self) -> None:
-        """Forget the product: what it was made of may have changed."""
-        self._whole = self._last = self._state = None
-
-    def _current(self, x: Tensor) -> Any:
-        """The product's layer if it is that of its members as they are, or None."""
-        if not torch.compiler.is_compiling() and self._state != self._of_members():
-            self.drop()
-            captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-            if captured or _why_apart(self.members) is not None:
+    def _eager(self, index: int, x: Tensor) -> Tensor | None:
+        last, whole = self._slot.eager, self._whole
+        key = _version(x), _autocast_dtype(x)
+        for number in range(len(self.members)) if index == 0 else (index,):
+            why = self._why_over(number)
+            if why is not None:
+                self.end(why)
                 return None
-            self._join()
-        return self._whole
+        if whole is None:
+            return None
+        contents = [self._contents_of(tensors) for tensors in self._tensors]
+        if index == 0:
+            if contents != self._contents and isinstance(whole, SlopeLinear):
+                whole._cache.clear()  # its tensors' versions are their own
+            self._contents = contents
+            last = self._slot.eager = self, x, key, whole(x), contents
+        elif not self._serves(last, x, key) or last[4][index] != contents[index]:
+            return None
+        if index == len(self.members) - 1:
+            self._slot.eager = None
+        y: Tensor = last[3]
+        return y
 
-    def _join(self) -> None:
-        first = self.members[0]
-        join = _joined_sparse if isinstance(first, SlopeLinear) else _joined_dense
-        # What moves into a tensor of inference mode could never be trained again.
-        with torch.inference_mode(next(first.parameters()).is_inference()), torch.no_grad():
-            self._whole = join(self.members)
-            for member, (start, end) in zip(self.members, self._columns, strict=True):
-                for name, part in member.named_parameters(recurse=False):
-                    part.data = getattr(self._whole, name)[start:end].data
-                for name, part in member.named_buffers(recurse=False):
-                    part.data = getattr(self._whole, name)[start:end].data
-        self._state = self._of_members()
+    def _traced(self, index: int, x: Tensor) -> Tensor | None:
+        # What is exported would hold the whole as constants beside the members' parameters.
+        if self._whole is None or torch.compiler._is_exporting_flag:
+            return None
+        if torch.is_grad_enabled() and any(map(self._trained, self._tensors)):
+            return None
+        for number in range(len(self.members)) if index == 0 else (index,):
+            if self._others(number):
+                return None
+        last = self._slot.traced
+        if index == 0:
+            last = self._slot.traced = self, x, _autocast_dtype(x), self._whole(x)
+        elif not self._serves(last, x, _autocast_dtype(x)):
+            return None
+        if index == len(self.members) - 1:
+            self._slot.traced = None
+        y: Tensor = last[3]
+        return y
 
-    def _of_members(self) -> tuple[Any, ...]:
-        """What the product was made of: it need not be made anew while this stays."""
-        tensors = [t for m in self.members for t in (*m.parameters(), *m.buffers())]
-        scales = [_adapter_scale(m) for m in self.members if isinstance(m, AdaptedLinear)]
-        return tuple(t.data_ptr() for t in tensors), tuple(map(_version, tensors)), tuple(scales)
+    def _serves(self, last: Any, x: Tensor, key: Any) -> bool:
+        """Whether the latest product is this group's of that input."""
+        return last is not None and last[0] is self and last[1] is x and last[2] == key
+
+    def _why_over(self, index: int) -> str | None:
+        """Why a member is no part of the whole any more, or None."""
+        if self._others(index):
+            return "other parameters or adapters came in, or an adapter fell asleep or woke"
+        tensors = self._tensors[index]
+        if self._places_of(tensors) != self._places[index]:
+            return "parameters were bound to other memory, or a mask was written"
+        if self._trained(tensors):
+            return "they are trained"
+        return None
+
+    def _others(self, index: int) -> bool:
+        """Whether a member has other tensors or another adapter; a graph asks that too."""
+        member = self.members[index]
+        now, then = self._tensors_of(member), self._tensors[index]
+        if len(now) != len(then) or _adapter_scale(member) != self._scale:
+            return True
+        return any(a is not b for a, b in zip(now, then, strict=True))
+
+    @staticmethod
+    def _trained(tensors: Sequence[Tensor | None]) -> bool:
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    @staticmethod
+    def _tensors_of(member: Any) -> tuple[Tensor | None, ...]:
+        if not isinstance(member, SlopeLinear):
+            return member.weight, member.bias
+        if _adapter_scale(member) is None:
+            return member.values, member.bias, member.metadata
+        adapter: Any = member.adapter
+        return member.values, member.bias, member.metadata, adapter.down, adapter.up
+
+    @staticmethod
+    def _places_of(tensors: Sequence[Tensor | None]) -> tuple[int | None, ...]:
+        """Where tensors are, and for masks how often they were written."""
+        places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        masks = [_version(t) for t in tensors if t is not None and t.dtype == torch.uint8]
+        return *places, *masks
+
+    @staticmethod
+    def _contents_of(tensors: Sequence[Tensor | None]) -> tuple[int | None, ...]:
+        return tuple(None if tensor is None else _version(tensor) for tensor in tensors)
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Changes with a write in place; None where nobody counts these, as in a graph."""
-    if torch.compiler.is_compiling() or tensor.is_inference():
+    """Changes with a write in place; None where nobody counts these."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's, None where it is off."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
-    return tensor._version
+    return torch.get_autocast_dtype(kind)
 
 
-class _Member:
-    """Mixin of a layer that is part of a group."""
+class FusedSlopeLinear(SlopeLinear):
+    """A :class:`SlopeLinear` that is a part of a group's; see :func:`fuse_projections`."""
 
     _group: _Group
     _index: int
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), as columns of the group's product where that is right."""
-        y = None if torch.is_grad_enabled() else self._group.output(self._index, x)
-        return super().forward(x) if y is None else y  # type: ignore[misc]
-
-
-class FusedSlopeLinear(_Member, SlopeLinear):
-    """A :class:`SlopeLinear` whose tensors are rows of its group's."""
+        group = getattr(self, "_group", None)  # a thread may just have ended it
+        y = None if group is None else group.output(self, x)
+        return SlopeLinear.forward(self, x) if y is None else y
 
     def invalidate(self) -> None:
-        """Drop the group's product too; the next eager forward makes it again."""
-        super().invalidate()
-        self._group.drop()
+        """End the group: its operand may be made of other positions."""
+        _end(self, "weights were moved or loaded")
+        SlopeLinear.invalidate(self)
 
     def _packed(self, dtype: torch.dtype) -> Tensor | None:
         """None: values that moved into an operand of their own would leave the group's."""
         return None
 
-
-class FusedLinear(_Member, nn.Linear):
-    """An ``nn.Linear`` whose tensors are rows of its group's."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FusedLinear:
-        self._group.drop()
-        super()._apply(fn, recurse)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._group.drop()
-        super()._load_from_state_dict(*args, **kwargs)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or pickle is a plain layer."""
+        return _plain(SlopeLinear, SlopeLinear.__getstate__(self))
 
 
-_MEMBERS: dict[type, type] = {SlopeLinear: FusedSlopeLinear, nn.Linear: FusedLinear}
+class FusedLinear(nn.Linear):
+    """An ``nn.Linear`` that is a part of a group's; see :func:`fuse_projections`."""
+
+    _group: _Group
+    _index: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., I) -> (..., O), as columns of the group's product where that is right."""
+        group = getattr(self, "_group", None)
+        y = None if group is None else group.output(self, input)
+        return nn.Linear.forward(self, input) if y is None else y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Linear:
+        _end(self, "weights were moved or loaded")
+        return nn.Linear._apply(self, fn, recurse)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or pickle is a plain layer."""
+        return _plain(nn.Linear, self.__dict__)
+
+
+_FUSED: dict[type, type] = {FusedSlopeLinear: SlopeLinear, FusedLinear: nn.Linear}
+
+
+def _end(member: Any, why: str | None = None) -> None:
+    group = getattr(member, "_group", None)
+    if group is not None:
+        group.end(why)
+
+
+def _plain(kind: type, state: dict[str, Any]) -> tuple[Any, ...]:
+    own = {name: value for name, value in state.items() if name not in ("_group", "_index")}
+    return kind.__new__, (kind,), own
 
 
 def _joined_sparse(members: Sequence[SlopeLinear]) -> SlopeLinear:
@@ -290,10 +463,10 @@ def _joined_sparse(members: Sequence[SlopeLinear]) -> SlopeLinear:
     whole.metadata = torch.cat([member.metadata for member in members])
     whole.column_mask = torch.cat([member.column_mask for member in members])
     whole.bias = _joined_bias(members)
-    adapters = [member.adapter for member in members if member.adapter is not None]
     if _adapter_scale(first) is not None:
-        whole.adapter = _joined_adapter(adapters)
-    whole.share_operand()
+        whole.adapter = _joined_adapter([m.adapter for m in members if m.adapter is not None])
+    if whole.values.dtype in KERNEL_DTYPES:
+        whole.share_operand()
     return whole.eval()
 
 

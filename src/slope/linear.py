@@ -330,7 +330,7 @@ class SlopeLinear(AdaptedLinear):
             dtype=weight.dtype,
             prune_backward=prune_backward,
         )
-        layer.origin = type(linear).__name__
+        layer.origin = "Conv1D" if type(linear).__name__ == "Conv1D" else "Linear"
         layer.train(linear.training)
         if bias is not None:
             layer.bias = bias
@@ -454,8 +454,9 @@ class SlopeLinear(AdaptedLinear):
             return None
         adapter = self.adapter
         return AdapterTerm(
-            adapter.down.to(dtype), adapter.up.to(dtype), adapter.scale, adapter.corners
-        )
+            adapter.down.to(dtype), adapter.up.to(dtype).contiguous(), adapter.scale,
+            adapter.corners,
+        )  # fmt: skip
 
     def _packed(self, dtype: torch.dtype) -> Tensor | None:
         """Operand whose first part the values are, so that serving packs nothing; None elsewhere.

@@ -341,6 +341,6 @@ def test_an_op_drops_an_operand_that_other_values_were_packed_into(monkeypatch):
     metadata = torch.zeros(32, 4, dtype=torch.uint8)
     for each in (values, moved):
         torch.ops.slope.sparse_linear(
-            x, each, metadata, metadata, packed, None, None, None, 1.0, "", []
+            x, each, metadata, metadata, packed, None, None, None, 1.0, ""
         )
     assert seen[0] is not None and seen[1] is None

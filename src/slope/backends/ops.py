@@ -466,13 +466,13 @@ def sparse_linear(
     up: Tensor | None,
     scale: float,
     only: str,
-    corners: Sequence[int],
+    corners: list[int] | None = None,
 ) -> Tensor:
     """:func:`sparse_linear_forward` as an op; its gradients are those of SLoPe."""
     if packed is not None and packed.data_ptr() != values.data_ptr():
         packed = None  # other values since the graph was made
     return sparse_linear_forward(
-        x, values, metadata, column_mask, packed, bias, down, up, scale, only, corners
+        x, values, metadata, column_mask, packed, bias, down, up, scale, only, corners or ()
     )
 
 
@@ -488,7 +488,7 @@ def _(
     up: Tensor | None,
     scale: float,
     only: str,
-    corners: Sequence[int],
+    corners: list[int] | None = None,
 ) -> Tensor:
     return x.new_empty((x.shape[0], values.shape[0]))
 
