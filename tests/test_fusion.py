@@ -701,3 +701,24 @@ def test_an_exported_program_holds_no_weights_twice():
 def test_adapters_pickled_by_older_versions_have_no_corners():
     adapter = slope.Adapter(8, 8, 2)
     assert "corners" not in adapter.__dict__ and adapter.corners == ()
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_group_is_not_trained(fullgraph):
+    """Fused optimizers write strided tensors wrongly, as the ``up`` of an adapter is then."""
+    fused, _ = a_fused_block()
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend="eager", fullgraph=fullgraph)
+    with torch.no_grad():
+        compiled(an_input())
+    assert not fused.k_proj.adapter.up.is_contiguous()
+    fused.k_proj.adapter.requires_grad_(True)
+    if fullgraph:
+        with pytest.raises(Exception, match="v_proj are one product and are to be trained; call"):
+            compiled(an_input())
+    with pytest.warns(UserWarning, match="they are trained"):
+        (fused if fullgraph else compiled)(an_input())
+    compiled(an_input()).sum().backward()
+    assert fused.k_proj.adapter.up.is_contiguous()
+    assert fused.k_proj.adapter.up.grad is not None
+    torch._dynamo.reset()

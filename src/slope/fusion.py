@@ -274,6 +274,14 @@ class _Group:
         # A replica for another GPU is no member.
         if index is None or self.members[index] is not member:
             return None
+        if torch.is_grad_enabled() and self._trained(self._tensors[index]):
+            # Fused optimizers would write a strided ``up`` wrongly.
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{self._names} are one product and are to be trained; call the model once "
+                    "before it is compiled, and each goes on alone."
+                )
+            self.end("they are trained")
         if torch.is_grad_enabled() and x.requires_grad:
             return None
         y = self._traced(index, x) if torch.compiler.is_compiling() else self._eager(index, x)
@@ -309,8 +317,6 @@ class _Group:
         # What is exported would hold the whole as constants beside the members' parameters.
         if self._whole is None or torch.compiler._is_exporting_flag:
             return None
-        if torch.is_grad_enabled() and any(map(self._trained, self._tensors)):
-            return None
         for number in range(len(self.members)) if index == 0 else (index,):
             if self._others(number):
                 return None
@@ -335,8 +341,6 @@ class _Group:
         tensors = self._tensors[index]
         if self._places_of(tensors) != self._places[index]:
             return "parameters were bound to other memory, or a mask was written"
-        if self._trained(tensors):
-            return "they are trained"
         return None
 
     def _others(self, index: int) -> bool:
