@@ -222,7 +222,7 @@ class _Group:
         ends = list(accumulate(member.out_features for member in self.members))
         self._columns = list(zip([0, *ends], ends, strict=False))
         self._scale = _adapter_scale(first)
-        self._contents: list[tuple[int | None, ...]] = []
+        self._versions: list[list[int]] = []
 
     def begin(self) -> None:
         """Let the members' tensors be parts of the whole's."""
@@ -238,7 +238,7 @@ class _Group:
                     member.adapter.down.data = adapter.down[rows].data
                     member.adapter.up.data = adapter.up[start:end, rows].data
         self._tensors = [self._tensors_of(member) for member in self.members]
-        self._places = [self._places_of(tensors) for tensors in self._tensors]
+        self._records = [self._records_of(member) for member in self.members]
         for index, member in enumerate(self.members):
             # As parametrizations do: names, hooks and references to the layers stay.
             member.__class__ = FusedSlopeLinear if type(member) is SlopeLinear else FusedLinear
@@ -288,25 +288,28 @@ class _Group:
         if y is None:
             return None
         start, end = self._columns[index]
-        return y[..., start:end]
+        return y.narrow(-1, start, end - start)
 
     def _eager(self, index: int, x: Tensor) -> Tensor | None:
         last, whole = self._slot.eager, self._whole
         key = _version(x), _autocast_dtype(x)
-        for number in range(len(self.members)) if index == 0 else (index,):
+        if index and not self._serves(last, x, key):
+            return None
+        wanted = range(len(self.members)) if index == 0 else (index,)
+        for number in wanted:
             why = self._why_over(number)
             if why is not None:
                 self.end(why)
                 return None
-        if whole is None:
-            return None
-        contents = [self._contents_of(tensors) for tensors in self._tensors]
+        versions = [self._versions_of(number) for number in wanted]
         if index == 0:
-            if contents != self._contents and isinstance(whole, SlopeLinear):
+            if whole is None:
+                return None
+            if versions != self._versions and isinstance(whole, SlopeLinear):
                 whole._cache.clear()  # its tensors' versions are their own
-            self._contents = contents
-            last = self._slot.eager = self, x, key, whole(x), contents
-        elif not self._serves(last, x, key) or last[4][index] != contents[index]:
+            self._versions = versions
+            last = self._slot.eager = self, x, key, whole(x), versions
+        elif last is None or last[4][index] != versions[0]:
             return None
         if index == len(self.members) - 1:
             self._slot.eager = None
@@ -336,12 +339,29 @@ class _Group:
 
     def _why_over(self, index: int) -> str | None:
         """Why a member is no part of the whole any more, or None."""
-        if self._others(index):
-            return "other parameters or adapters came in, or an adapter fell asleep or woke"
-        tensors = self._tensors[index]
-        if self._places_of(tensors) != self._places[index]:
-            return "parameters were bound to other memory, or a mask was written"
+        # What costs as little as it can: an eager call waits for it.
+        records, adapter = self._records[index]
+        now = self.members[index]._modules.get("adapter")
+        if now is not adapter or (
+            now is not None and (now.scale if now.active else None) != self._scale
+        ):
+            return _OTHERS
+        for held, name, tensor, place, written in records:
+            if held.get(name) is not tensor:
+                return _OTHERS
+            if tensor is not None and tensor.data_ptr() != place:
+                return "parameters were bound to other memory"
+            if written is not None and tensor._version != written:
+                return "a mask was written"
         return None
+
+    def _versions_of(self, index: int) -> list[int]:
+        """How often what a member holds was written; those of inference mode are not counted."""
+        return [
+            tensor._version
+            for _, _, tensor, _, _ in self._records[index][0]
+            if tensor is not None and not self._inference
+        ]
 
     def _others(self, index: int) -> bool:
         """Whether a member has other tensors or another adapter; a graph asks that too."""
@@ -364,16 +384,24 @@ class _Group:
         adapter: Any = member.adapter
         return member.values, member.bias, member.metadata, adapter.down, adapter.up
 
-    @staticmethod
-    def _places_of(tensors: Sequence[Tensor | None]) -> tuple[int | None, ...]:
-        """Where tensors are, and for masks how often they were written."""
-        places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        masks = [_version(t) for t in tensors if t is not None and t.dtype == torch.uint8]
-        return *places, *masks
+    def _records_of(self, member: Any) -> tuple[list[tuple[Any, ...]], Any]:
+        """Where a member's tensors are held, these, their places, and versions of masks."""
+        sparse = isinstance(member, SlopeLinear)
+        own = [(member._parameters, name) for name in ("values" if sparse else "weight", "bias")]
+        own += [(member._buffers, "metadata")] if sparse else []
+        adapter = member._modules.get("adapter")
+        if self._scale is not None:
+            own += [(adapter._parameters, name) for name in ("down", "up")]
+        records = []
+        for held, name in own:
+            tensor = held.get(name)
+            written = _version(tensor) if name == "metadata" else None
+            place = None if tensor is None else tensor.data_ptr()
+            records.append((held, name, tensor, place, written))
+        return records, adapter
 
-    @staticmethod
-    def _contents_of(tensors: Sequence[Tensor | None]) -> tuple[int | None, ...]:
-        return tuple(None if tensor is None else _version(tensor) for tensor in tensors)
+
+_OTHERS = "other parameters or adapters came in, or an adapter fell asleep or woke"
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 
-from slope.bench import experiment, layer, operands
+from slope.bench import experiment, infer, layer, models, operands
 from slope.bench.memory import MemoryBench
 from slope.bench.results import Results
 from slope.bench.setup import SetupBench
@@ -27,6 +27,9 @@ TINY = {
     "infer": ["--layers", "1", "--prompt", "8", "--tokens", "1", "--ranks", "0,0.25"],
     "memory": ["--layers", "1", "--batch", "1", "--seq", "8", "--ranks", "0"],
 }  # fmt: skip
+
+
+FUSED = "", " + fuse"
 
 
 @pytest.fixture
@@ -108,6 +111,41 @@ def test_inference_compiled_block_by_block(tmp_path):
     names = {row["contender"] for row in rows}
     assert names == {"dense + compile", "slope r=0% + compile", "slope r=25% + compile"}
     assert {row["baseline"] for row in rows} == {"dense + compile"}
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_each_contender_with_its_projections_fused(tmp_path, monkeypatch):
+    small = "dropout=0.0", "vocab_size=128", "hidden_size=64", "ffn_dim=64", "num_attention_heads=2"
+    monkeypatch.setitem(models._BY_FAMILY, "opt", (*small, "word_embed_proj_dim=64"))
+    more = "--models", "opt-125m", "--layers", "2", "--ranks", "0.02", "--fuse", "--compile"
+    assert bench("infer", tmp_path, *more, "--compiler", "eager") == 0
+    rows = rows_of(tmp_path)
+    assert not any(row["failed"] for row in rows)
+    names = {f"{kind}{fused} + compile" for kind in ("dense", "slope r=2%") for fused in FUSED}
+    assert {row["contender"] for row in rows} == names
+    assert {row["baseline"] for row in rows} <= {"dense + compile", "dense + fuse + compile"}
+    read = {row["contender"]: row["gb_per_s"] for row in rows if row["phase"] == "decode"}
+    time = {row["contender"]: row["median_us"] for row in rows if row["phase"] == "decode"}
+    for kind in ("dense", "slope r=2%"):  # the same bytes, whatever reads them
+        one, other = (float(read[n]) * float(time[n]) for n in names if n.startswith(kind))
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_projections_that_do_not_read_the_same_input_are_a_failed_row(tmp_path):
+    assert bench("infer", tmp_path, "--fuse", "--ranks", "0") == 0
+    reasons = {row["contender"]: row["failed"] for row in rows_of(tmp_path)}
+    assert not reasons["dense"] and not reasons["slope r=0%"]
+    assert "nothing is to be gained for this model" in reasons["slope r=0% + fuse"]
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_a_compiler_that_gives_up_is_a_failed_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "_GRAPHS", 0)
+    more = "--ranks", "0", "--compile", "--compiler", "eager", "--layers", "2"
+    assert bench("infer", tmp_path, *more) == 1
+    reasons = {row["contender"]: row["failed"] for row in rows_of(tmp_path)}
+    assert all("recompile_limit" in reason for reason in reasons.values()), reasons
 
 
 @pytest.mark.usefixtures("no_figure")

@@ -551,6 +551,7 @@ def test_a_captured_graph_keeps_its_own_scratch_memory():
     layer.requires_grad_(False)
     x = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the weights are made there
     with torch.cuda.stream(stream):
         expected = layer(x)
     graph = torch.cuda.CUDAGraph()
