@@ -421,6 +421,7 @@ def test_blocks_share_one_compiled_graph_that_follows_the_weights(rank):
 
 def test_a_llama_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2,
@@ -440,9 +441,11 @@ def test_a_llama_of_transformers(tmp_path):
         tokens = [m.generate(ids, max_new_tokens=4, do_sample=False) for m in (fused, apart)]
     assert torch.equal(*tokens)
     slope.save_pretrained(fused, tmp_path / "fused")
-    loaded = slope.load_pretrained(tmp_path / "fused")
+    loaded = slope.load_pretrained(tmp_path / "fused").state_dict()
+    fused.save_pretrained(tmp_path / "theirs")
+    theirs = safetensors.load_file(tmp_path / "theirs/model.safetensors")
     for name, tensor in apart.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
+        assert torch.equal(loaded[name], tensor) and torch.equal(theirs[name], tensor)
     dense = slope.densify(fused, fold_adapters=True)
     with torch.no_grad():
         torch.testing.assert_close(dense(ids).logits, apart(ids).logits)

@@ -44,7 +44,7 @@ def fuse_projections(model: nn.Module, *args: Any, **kwargs: Any) -> list[Fusion
     The model is called once, without gradients, to see which layers those are: :class:`SlopeLinear`
     called one after another with the same tensor, and ``nn.Linear`` likewise. State dict, names and
     parameters stay as they are. Parameters share memory, which ``safetensors.torch.save_model``
-    refuses; those of adapters are strided. What a layer gives are columns of a wider tensor.
+    refuses; ``up`` of adapters is strided. What a layer gives are columns of a wider tensor.
 
     Parameters may be written in place. A layer goes on alone where it is called with another tensor
     than the first of its group, or where gradients are wanted. A group ends, with a warning, when
