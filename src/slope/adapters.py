@@ -97,13 +97,6 @@ class Adapter(nn.Module):
         low = nn.functional.linear(x, self.down)
         return nn.functional.linear(low, self.up) * self.scale
 
-    def _save_to_state_dict(self, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As it is, but contiguous: files take no strided tensors, as fused adapters have."""
-        super()._save_to_state_dict(state, prefix, keep_vars)
-        for name in (prefix + "down", prefix + "up"):
-            if not keep_vars and name in state:
-                state[name] = state[name].contiguous()
-
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *others: Any) -> None:
         """Wake for loaded weights that were trained; ``up`` of a dormant adapter is zero."""
         super()._load_from_state_dict(state, prefix, *others)

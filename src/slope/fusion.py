@@ -2,13 +2,14 @@
 
 With few tokens a product costs some microseconds beside the bytes that it reads, so few large ones
 are faster than many small ones. The layers stay in the model under their names, with their
-parameters, which become parts of one weight in one piece of memory: Y of layer i is
-``X [W_1; W_2; …]ᵀ + [b_1, b_2, …]`` at its own columns. An adapter of the whole has the ``down`` of
-all in one and their ``up`` in blocks on the diagonal.
+parameters, which become rows of one weight in one piece of memory: Y of layer i is
+``X [W_1; W_2; …]ᵀ + [b_1, b_2, …]`` at its own columns. An adapter of the whole has copies of the
+``down`` of all in one, and of their ``up`` in blocks on the diagonal.
 """
 
 from __future__ import annotations
 
+import copyreg
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -42,19 +43,21 @@ def fuse_projections(model: nn.Module, *args: Any, **kwargs: Any) -> list[Fusion
     """Make linear layers that read the same input one product, in place; for serving.
 
     The model is called once, without gradients, to see which layers those are: :class:`SlopeLinear`
-    called one after another with the same tensor, and ``nn.Linear`` likewise. State dict, names and
-    parameters stay as they are. Parameters share memory, which ``safetensors.torch.save_model``
-    refuses; ``up`` of adapters is strided. What a layer gives are columns of a wider tensor.
+    called one after another with the same tensor, and ``nn.Linear`` likewise. Names and parameters
+    stay as they are, and weights and biases may be written in place; they share memory, while state
+    dicts, copies and pickles hold copies. What a layer gives are columns of a wider tensor.
 
-    Parameters may be written in place. A layer goes on alone where it is called with another tensor
-    than the first of its group, or where gradients are wanted. A group ends, with a warning, when
-    a parameter is bound to other memory, moved, trained, or replaced, when a mask is written or an
-    adapter begins or ceases to be active: then call this again. Copies and pickles are apart. What
-    is not seen: in a compiled model that ``.data`` of a parameter is bound to other memory; there
-    and in inference mode an input that is written between two layers of a group in some calls,
-    and not in the one that is made here.
+    A layer goes on alone where it is called with another tensor than the first of its group, or
+    where gradients of the input are wanted; it then packs its operand in each call. A group ends,
+    with a warning, when an eager call finds parameters moved, trained, replaced or bound to other
+    memory, a mask written, or an adapter that woke or fell asleep: then call this again. A compiled
+    model sees the same, but for ``.data`` that was bound to other memory, and does not warn. It is
+    not seen that an adapter is written through ``.data``, in compiled models in place either: call
+    :meth:`SlopeLinear.invalidate`; nor, there and in inference mode, that an input, or there a
+    weight, is written after some layers of a group have read the input and before others do, be it
+    in a later call, unless the call that is made here shows it.
 
-    Call it when the weights are loaded and before ``torch.compile``.
+    Call it when the weights are loaded and before ``torch.compile``; merge adapters of peft first.
 
     Args:
         model: whose parameters are frozen, ``model.requires_grad_(False)``.
@@ -84,21 +87,29 @@ def fuse_projections(model: nn.Module, *args: Any, **kwargs: Any) -> list[Fusion
         )
     company = Counter(module for group in groups for module in group)
     places = Counter(
-        parameter.data_ptr()
+        parameter.untyped_storage().data_ptr()
         for module in model.modules()
         for parameter in module._parameters.values()
         if parameter is not None and _is_plain(parameter)
     )
-    fusions, slot = [], _Slot()
+    fusions, slot, made = [], _Slot(), []
     for group in groups:
         why = _why_apart(group)
         if any(company[module] > 1 for module in group):
             why = "a layer is called in other company too"
-        elif why is None and any(places[p.data_ptr()] > 1 for m in group for p in m.parameters()):
-            why = "a parameter is shared with another layer"
+        elif why is None and any(
+            places[p.untyped_storage().data_ptr()] > 1 for m in group for p in m.parameters()
+        ):
+            why = "a parameter shares memory with another one"
         fusions.append(Fusion(tuple(names[module] for module in group), why))
         if why is None:
-            _Group(group, fusions[-1].names, slot).begin()
+            try:
+                made.append(_Group(group, fusions[-1].names, slot))
+                made[-1].begin()
+            except BaseException:
+                for each in made:
+                    each.end()
+                raise
     if all(fusion.why_apart for fusion in fusions):
         first = fusions[0]
         raise ValueError(
@@ -127,7 +138,8 @@ def _called_together(
     training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            model.eval()
+            if any(training.values()):
+                model.eval()
             call()
     finally:
         for module, mode in training.items():
@@ -151,16 +163,19 @@ def _why_apart(members: Sequence[Any]) -> str | None:
     """Reason why layers cannot be one product as they are, or None."""
     first = members[0]
     tensors = [parameter for member in members for parameter in member.parameters()]
+    tensors += [buffer for member in members for buffer in member.buffers()]
     if any(not _is_plain(parameter) for parameter in tensors):
         return "their parameters are sharded, or hold no numbers"
-    if any(parameter.requires_grad for parameter in tensors):
-        return "they are trained; call model.requires_grad_(False) first"
-    if len({(parameter.dtype, parameter.device) for parameter in tensors}) > 1:
-        return "their parameters differ in dtype or device"
-    if any(parameter.device.type == "cpu" and parameter.is_shared() for parameter in tensors):
-        return "their memory is shared with other processes"
     if any(_has_more(member) for member in members):
         return "they hold more than weights, or have a forward of their own"
+    if any(parameter.requires_grad for parameter in tensors):
+        return "they are trained; call model.requires_grad_(False) first"
+    if len({(t.dtype, t.device) for t in tensors if t.is_floating_point()}) > 1:
+        return "their parameters differ in dtype or device"
+    if len({tensor.is_inference() for tensor in tensors}) > 1:
+        return "some are tensors of inference mode and others not"
+    if any(parameter.device.type == "cpu" and parameter.is_shared() for parameter in tensors):
+        return "their memory is shared with other processes"
     if isinstance(first, SlopeLinear):
         if len({(m.pattern, m._backend.name, m.prune_backward) for m in members}) > 1:
             return "their patterns or backends differ"
@@ -221,24 +236,20 @@ class _Group:
             self._whole: Any = (_joined_sparse if sparse else _joined_dense)(self.members)
         ends = list(accumulate(member.out_features for member in self.members))
         self._columns = list(zip([0, *ends], ends, strict=False))
+        self._sizes = [member.out_features for member in self.members]
         self._scale = _adapter_scale(first)
-        self._versions: list[list[int]] = []
 
     def begin(self) -> None:
         """Let the members' tensors be parts of the whole's."""
         with torch.inference_mode(self._inference), torch.no_grad():
-            adapter, ranks = getattr(self._whole, "adapter", None), 0
             for member, (start, end) in zip(self.members, self._columns, strict=True):
                 for held in (member._parameters, member._buffers):
                     for name, part in held.items():
                         if part is not None:
                             part.data = getattr(self._whole, name)[start:end].data
-                if adapter is not None:
-                    rows = slice(ranks, ranks := ranks + member.adapter.rank)
-                    member.adapter.down.data = adapter.down[rows].data
-                    member.adapter.up.data = adapter.up[start:end, rows].data
         self._tensors = [self._tensors_of(member) for member in self.members]
         self._records = [self._records_of(member) for member in self.members]
+        self._versions = [self._versions_of(index) for index in range(len(self.members))]
         for index, member in enumerate(self.members):
             # As parametrizations do: names, hooks and references to the layers stay.
             member.__class__ = FusedSlopeLinear if type(member) is SlopeLinear else FusedLinear
@@ -250,16 +261,14 @@ class _Group:
         Args:
             why: reason to warn of, or None where it was asked for.
         """
-        for member, tensors in zip(self.members, self._tensors, strict=True):
+        whole, self._whole, self._slot.eager = self._whole, None, None
+        for member in self.members:
             if type(member) in _FUSED:
                 member.__class__ = _FUSED[type(member)]
             member.__dict__.pop("_group", None)
             member.__dict__.pop("_index", None)
-            with torch.inference_mode(self._inference), torch.no_grad():
-                for tensor in tensors:
-                    if tensor is not None and type(tensor.data) is Tensor:
-                        tensor.data = tensor.data.contiguous()
-        self._whole = self._slot.eager = None
+            if whole is not None:
+                self._give_memory(member, whole)
         if why is not None and not self._slot.warned:
             self._slot.warned = True
             warnings.warn(
@@ -268,29 +277,32 @@ class _Group:
                 stacklevel=2,
             )
 
+    def _give_memory(self, member: nn.Module, whole: nn.Module) -> None:
+        """Of its own: who saves tensors may take those of one storage for the same."""
+        with torch.inference_mode(self._inference), torch.no_grad():
+            for held in (member._parameters, member._buffers):
+                for name, part in held.items():
+                    of = getattr(whole, name, None)
+                    if part is None or of is None or not _is_plain(part):
+                        continue
+                    if part.untyped_storage().data_ptr() == of.untyped_storage().data_ptr():
+                        part.data = part.data.clone()
+
     def output(self, member: Any, x: Tensor) -> Tensor | None:
         """Y of a member, or None where it is to go on alone."""
         index = getattr(member, "_index", None)  # a thread may just have ended the group
         # A replica for another GPU is no member.
         if index is None or self.members[index] is not member:
             return None
-        if torch.is_grad_enabled() and self._trained(self._tensors[index]):
-            # Fused optimizers would write a strided ``up`` wrongly.
-            if torch.compiler.is_compiling():
-                raise RuntimeError(
-                    f"{self._names} are one product and are to be trained; call the model once "
-                    "before it is compiled, and each goes on alone."
-                )
-            self.end("they are trained")
-        if torch.is_grad_enabled() and x.requires_grad:
-            return None
-        y = self._traced(index, x) if torch.compiler.is_compiling() else self._eager(index, x)
-        if y is None:
-            return None
-        start, end = self._columns[index]
-        return y.narrow(-1, start, end - start)
+        if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
+            return None  # the whole would be constants beside the members' parameters
+        if torch.compiler.is_compiling():
+            return self._traced(index, x)
+        return self._eager(index, x)
 
     def _eager(self, index: int, x: Tensor) -> Tensor | None:
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return None  # vmap and its kin have no rule for what follows
         last, whole = self._slot.eager, self._whole
         key = _version(x), _autocast_dtype(x)
         if index and not self._serves(last, x, key):
@@ -299,26 +311,31 @@ class _Group:
         for number in wanted:
             why = self._why_over(number)
             if why is not None:
-                self.end(why)
+                if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+                    self.end(why)
                 return None
+        if torch.is_grad_enabled() and x.requires_grad:
+            return None
         versions = [self._versions_of(number) for number in wanted]
         if index == 0:
             if whole is None:
                 return None
             if versions != self._versions and isinstance(whole, SlopeLinear):
                 whole._cache.clear()  # its tensors' versions are their own
+                self._copy_adapters(whole.adapter)
             self._versions = versions
-            last = self._slot.eager = self, x, key, whole(x), versions
+            # Unlike views they may be written in place, whatever autograd's mode.
+            parts = torch.unsafe_split_with_sizes(whole(x), self._sizes, -1)
+            last = self._slot.eager = self, x, key, parts, versions
         elif last is None or last[4][index] != versions[0]:
             return None
         if index == len(self.members) - 1:
             self._slot.eager = None
-        y: Tensor = last[3]
+        y: Tensor = last[3][index]
         return y
 
     def _traced(self, index: int, x: Tensor) -> Tensor | None:
-        # What is exported would hold the whole as constants beside the members' parameters.
-        if self._whole is None or torch.compiler._is_exporting_flag:
+        if self._whole is None or torch.is_grad_enabled() and x.requires_grad:
             return None
         for number in range(len(self.members)) if index == 0 else (index,):
             if self._others(number):
@@ -330,7 +347,8 @@ class _Group:
             return None
         if index == len(self.members) - 1:
             self._slot.traced = None
-        y: Tensor = last[3]
+        start, end = self._columns[index]
+        y: Tensor = last[3].narrow(-1, start, end - start)
         return y
 
     def _serves(self, last: Any, x: Tensor, key: Any) -> bool:
@@ -353,6 +371,8 @@ class _Group:
                 return "parameters were bound to other memory"
             if written is not None and tensor._version != written:
                 return "a mask was written"
+            if tensor is not None and tensor.requires_grad:
+                return "they are trained"
         return None
 
     def _versions_of(self, index: int) -> list[int]:
@@ -363,17 +383,24 @@ class _Group:
             if tensor is not None and not self._inference
         ]
 
+    @torch.no_grad()
+    def _copy_adapters(self, whole: Adapter | None) -> None:
+        ranks = 0
+        if whole is not None:
+            for member, (start, end) in zip(self.members, self._columns, strict=True):
+                rows = slice(ranks, ranks := ranks + member.adapter.rank)
+                whole.down[rows].copy_(member.adapter.down)
+                whole.up[start:end, rows].copy_(member.adapter.up)
+
     def _others(self, index: int) -> bool:
         """Whether a member has other tensors or another adapter; a graph asks that too."""
         member = self.members[index]
         now, then = self._tensors_of(member), self._tensors[index]
         if len(now) != len(then) or _adapter_scale(member) != self._scale:
             return True
-        return any(a is not b for a, b in zip(now, then, strict=True))
-
-    @staticmethod
-    def _trained(tensors: Sequence[Tensor | None]) -> bool:
-        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        return any(a is not b for a, b in zip(now, then, strict=True)) or any(
+            tensor is not None and tensor.requires_grad for tensor in now
+        )
 
     @staticmethod
     def _tensors_of(member: Any) -> tuple[Tensor | None, ...]:
@@ -420,6 +447,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 class FusedSlopeLinear(SlopeLinear):
     """A :class:`SlopeLinear` that is a part of a group's; see :func:`fuse_projections`."""
 
+    fused = True
     _group: _Group
     _index: int
 
@@ -430,13 +458,22 @@ class FusedSlopeLinear(SlopeLinear):
         return SlopeLinear.forward(self, x) if y is None else y
 
     def invalidate(self) -> None:
-        """End the group: its operand may be made of other positions."""
-        _end(self, "weights were moved or loaded")
+        """End the group: what it was made of may be other now."""
+        _end(self, "weights were moved or loaded, or invalidate() was called")
         SlopeLinear.invalidate(self)
 
     def _packed(self, dtype: torch.dtype) -> Tensor | None:
         """None: values that moved into an operand of their own would leave the group's."""
         return None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SlopeLinear:
+        if _moved(self, fn, recurse):
+            self.invalidate()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep: bool) -> None:
+        SlopeLinear._save_to_state_dict(self, destination, prefix, keep)
+        _own(self, destination, prefix, keep)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy or pickle is a plain layer."""
@@ -446,6 +483,7 @@ class FusedSlopeLinear(SlopeLinear):
 class FusedLinear(nn.Linear):
     """An ``nn.Linear`` that is a part of a group's; see :func:`fuse_projections`."""
 
+    fused = True
     _group: _Group
     _index: int
 
@@ -456,8 +494,18 @@ class FusedLinear(nn.Linear):
         return nn.Linear.forward(self, input) if y is None else y
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Linear:
-        _end(self, "weights were moved or loaded")
-        return nn.Linear._apply(self, fn, recurse)
+        if _moved(self, fn, recurse):
+            _end(self, "weights were moved or loaded")
+        return self
+
+    def _load_from_state_dict(self, state: Any, prefix: str, local: Any, *others: Any) -> None:
+        if local.get("assign_to_params_buffers"):
+            _end(self, "weights were moved or loaded")
+        nn.Linear._load_from_state_dict(self, state, prefix, local, *others)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep: bool) -> None:
+        nn.Linear._save_to_state_dict(self, destination, prefix, keep)
+        _own(self, destination, prefix, keep)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy or pickle is a plain layer."""
@@ -473,9 +521,39 @@ def _end(member: Any, why: str | None = None) -> None:
         group.end(why)
 
 
+def _moved(member: nn.Module, fn: Any, recurse: bool) -> bool:
+    """Apply as modules do; whether a tensor is elsewhere now, or of another kind."""
+
+    def places() -> list[tuple[Any, ...]]:
+        tensors = [*member.parameters(), *member.buffers()]
+        return [(t.device, t.dtype, t.data_ptr() if _is_plain(t) else t) for t in tensors]
+
+    before = places()
+    nn.Module._apply(member, fn, recurse)
+    return places() != before
+
+
+def _own(member: nn.Module, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    """Copies in a state dict: who saves it may take tensors of one storage for the same."""
+    for name in (*member._parameters, *member._buffers):
+        if not keep_vars and prefix + name in state:
+            state[prefix + name] = state[prefix + name].clone()
+
+
 def _plain(kind: type, state: dict[str, Any]) -> tuple[Any, ...]:
     own = {name: value for name, value in state.items() if name not in ("_group", "_index")}
-    return kind.__new__, (kind,), own
+    for held in ("_parameters", "_buffers"):
+        own[held] = {
+            name: part if part is None else _copy_of(part) for name, part in own[held].items()
+        }
+    return copyreg._reconstructor, (kind, object, None), own  # type: ignore[attr-defined]
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copy, requires_grad=tensor.requires_grad)
+    return copy
 
 
 def _joined_sparse(members: Sequence[SlopeLinear]) -> SlopeLinear:

@@ -54,7 +54,7 @@ def obstacle(module: nn.Module) -> str | None:
             if hasattr(module, attribute):
                 return f"its weight is computed by {maker}; call torch.nn.utils.{undo} first"
         return "its weight is no Parameter of its own; make it one first"
-    if hasattr(module, "_group"):
+    if getattr(type(module), "fused", False):
         return "it is one product with others; sparsify before slope.fuse_projections"
     # A subclass may read its weight in ways of its own.
     if isinstance(module, nn.Linear) and type(module) is not nn.Linear:

@@ -454,9 +454,8 @@ class SlopeLinear(AdaptedLinear):
             return None
         adapter = self.adapter
         return AdapterTerm(
-            adapter.down.to(dtype), adapter.up.to(dtype).contiguous(), adapter.scale,
-            adapter.corners,
-        )  # fmt: skip
+            adapter.down.to(dtype), adapter.up.to(dtype), adapter.scale, adapter.corners
+        )
 
     def _packed(self, dtype: torch.dtype) -> Tensor | None:
         """Operand whose first part the values are, so that serving packs nothing; None elsewhere.
