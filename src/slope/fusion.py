@@ -71,9 +71,16 @@ def fuse_projections(model: nn.Module, *args: Any, **kwargs: Any) -> list[Fusion
         ValueError: if no layers read the same input, or all groups stay apart.
 
     Example:
-        >>> model.eval().requires_grad_(False)
-        >>> slope.fuse_projections(model, input_ids=torch.tensor([[0]]))
-        [Fusion(names=('…layers.1.self_attn.q_proj', '…k_proj', '…v_proj'), why_apart=None), …]
+        >>> class Attention(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        ...
+        ...     def forward(self, x):
+        ...         return self.q(x) * self.k(x) + self.v(x)
+        >>> model = Attention().requires_grad_(False)
+        >>> fuse_projections(model, torch.zeros(1, 8))
+        [Fusion(names=('q', 'k', 'v'), why_apart=None)]
     """
     for module in list(model.modules()):
         if type(module) in _FUSED:
