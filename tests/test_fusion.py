@@ -112,6 +112,17 @@ def test_names_parameters_and_hooks_stay_and_memory_is_shared():
     assert seen == [(2, 5, 8)]
 
 
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def in_one_graph(model):
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
 def a_fused_block(rank=2, sparse=True):
     """Two equal blocks, the first one fused."""
     apart = a_block(rank, sparse)
@@ -213,8 +224,7 @@ UNSEEN = "bound to other memory", "metadata", "up", "down", "adapter loaded"  # 
 @pytest.mark.filterwarnings("ignore:fused layers go on alone")
 def test_a_compiled_model_sees_the_same(change):
     fused, apart = a_fused_block()
-    torch._dynamo.reset()
-    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    compiled = in_one_graph(fused)
     x = an_input()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), apart(x))
@@ -223,7 +233,6 @@ def test_a_compiled_model_sees_the_same(change):
                 torch.manual_seed(0)
                 COMPILED[change](block)
             torch.testing.assert_close(compiled(x), apart(x))
-    torch._dynamo.reset()
 
 
 def test_an_adapter_that_wakes_in_a_compiled_model_is_seen():
@@ -231,14 +240,12 @@ def test_an_adapter_that_wakes_in_a_compiled_model_is_seen():
     slope.deactivate_adapters(apart)
     fused = copy.deepcopy(apart)
     slope.fuse_projections(fused, an_input())
-    torch._dynamo.reset()
-    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    compiled = in_one_graph(fused)
     x = an_input()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), apart(x))
         slope.activate_adapters(apart), slope.activate_adapters(fused)
         torch.testing.assert_close(compiled(x), apart(x))
-    torch._dynamo.reset()
 
 
 def test_dense_layers_follow_and_end():
@@ -405,7 +412,6 @@ def test_blocks_share_one_compiled_graph_that_follows_the_weights(rank):
 
     apart = nn.ModuleList(a_block(rank) for _ in range(3))
     fused = copy.deepcopy(apart)
-    torch._dynamo.reset()
     for block in fused:
         slope.fuse_projections(block, an_input())
         block.compile(backend=backend, fullgraph=True, dynamic=False)
@@ -416,7 +422,6 @@ def test_blocks_share_one_compiled_graph_that_follows_the_weights(rank):
                 with torch.no_grad():
                     block.k_proj.values.mul_(-2)
     assert len(graphs) == 1
-    torch._dynamo.reset()
 
 
 def test_a_llama_of_transformers(tmp_path):
@@ -709,8 +714,7 @@ def test_adapters_pickled_by_older_versions_have_no_corners():
 @pytest.mark.parametrize("change", ["metadata", "up", "down", "adapter loaded"])
 def test_a_compiled_model_is_told_by_invalidate(change):
     fused, apart = a_fused_block()
-    torch._dynamo.reset()
-    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    compiled = in_one_graph(fused)
     x = an_input()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), apart(x))
@@ -719,14 +723,12 @@ def test_a_compiled_model_is_told_by_invalidate(change):
         with pytest.warns(UserWarning, match=r"or invalidate\(\) was called"):
             fused.q_proj.invalidate()
         torch.testing.assert_close(compiled(x), apart(x))
-    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore:fused layers go on alone")
 def test_a_compiled_group_that_is_trained_goes_on_alone():
     fused, apart = a_fused_block()
-    torch._dynamo.reset()
-    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    compiled = in_one_graph(fused)
     x = an_input()
     with torch.no_grad():
         compiled(x)
@@ -741,7 +743,6 @@ def test_a_compiled_group_that_is_trained_goes_on_alone():
             with torch.no_grad():
                 losses += [loss.detach(), function(x).square().mean()]
     torch.testing.assert_close(losses[6:], losses[:6])
-    torch._dynamo.reset()
 
 
 def test_a_gradient_from_before_is_applied_rightly():

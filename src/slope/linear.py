@@ -473,9 +473,7 @@ class SlopeLinear(AdaptedLinear):
             # is_exporting() with True in every compilation, so the flag behind it is asked.
             made = metadata is self._operand_metadata and not torch.compiler._is_exporting_flag
             return self._operand if made else None
-        version = None if metadata.is_inference() else metadata._version
-        masks = metadata.data_ptr(), version
-        if self._operand_of != (values.data_ptr(), *masks):
+        if self._operand_of != self._operand_key():
             if _captured(values):
                 return None  # a CUDA graph's memory is no place for values
             self.share_operand()
@@ -486,13 +484,17 @@ class SlopeLinear(AdaptedLinear):
 
         The first eager forward does so by itself.
         """
-        values, metadata = self.values, self.metadata
         # Values that move into a tensor of inference mode could never be trained again.
-        with torch.inference_mode(values.is_inference()), torch.no_grad():
+        with torch.inference_mode(self.values.is_inference()), torch.no_grad():
             self._operand = self._backend.share_operand(self.compressed_weight())
+        self._operand_of = self._operand_key()
+        self._operand_metadata = self.metadata
+
+    def _operand_key(self) -> tuple[Any, ...]:
+        """Where values and positions are, and how often positions were written."""
+        metadata = self.metadata
         version = None if metadata.is_inference() else metadata._version
-        self._operand_of = values.data_ptr(), metadata.data_ptr(), version
-        self._operand_metadata = metadata
+        return self.values.data_ptr(), metadata.data_ptr(), version
 
     def _prepare(self, dtype: torch.dtype) -> Operands | None:
         """Refresh what has gone stale; the expanded operands on the CPU, None elsewhere.
