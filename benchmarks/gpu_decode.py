@@ -88,12 +88,22 @@ BY_TMA = {
         (1, 4, 2, 12), (1, 8, 2, 8),
     ),
     5: ((1, 4, 2, 10), (1, 4, 2, 4), (1, 8, 2, 6)),
-    6: ((1, 4, 2, 10), (1, 4, 2, 4), (1, 8, 2, 6)),
+    6: (
+        (1, 4, 2, 10), (1, 4, 2, 4), (1, 8, 2, 6), (1, 4, 1, 10), (1, 8, 1, 7), (1, 8, 1, 5),
+        (1, 12, 1, 5),
+    ),
     8: (
         (1, 4, 1, 8), (1, 4, 1, 4), (1, 8, 1, 6), (1, 8, 1, 3), (1, 12, 1, 5), (2, 8, 1, 4),
         (1, 4, 2, 4), (1, 4, 2, 8), (1, 8, 2, 6), (1, 4, 3, 9), (1, 4, 4, 8),
     ),
+    9: ((1, 4, 1, 8), (1, 8, 1, 5), (1, 8, 2, 6)),
+    10: ((1, 4, 1, 7), (1, 4, 2, 6), (1, 8, 1, 5), (1, 8, 2, 4), (1, 12, 1, 4)),
     11: ((1, 4, 2, 6), (1, 4, 1, 6), (1, 8, 1, 5), (1, 8, 2, 4)),
+    12: (
+        (1, 4, 1, 6), (1, 4, 1, 4), (1, 4, 2, 6), (1, 4, 2, 4), (1, 4, 3, 6), (1, 8, 1, 5),
+        (1, 8, 2, 4), (1, 12, 1, 4),
+    ),
+    14: ((1, 4, 1, 6), (1, 4, 2, 4), (1, 8, 1, 4)),
     16: (
         (1, 4, 1, 5), (1, 4, 1, 2), (1, 8, 1, 4), (1, 12, 1, 3), (2, 8, 1, 3), (1, 4, 2, 4),
         (1, 4, 3, 3), (2, 4, 2, 4),
@@ -102,8 +112,11 @@ BY_TMA = {
 # The same with blocks that make several tiles.
 STAYING = {
     4: ((1, 8, 1, 6), (1, 12, 1, 4)),
+    6: ((1, 8, 1, 6), (1, 12, 1, 5)),
     8: ((1, 4, 1, 6), (1, 12, 1, 4), (2, 8, 1, 3), (1, 8, 1, 5)),
+    10: ((1, 8, 1, 4), (1, 12, 1, 4)),
     11: ((1, 4, 1, 6), (1, 8, 1, 4), (1, 12, 1, 3)),
+    12: ((1, 4, 1, 5), (1, 8, 1, 4), (1, 12, 1, 3)),
     16: ((1, 4, 1, 4), (1, 12, 1, 3), (1, 8, 1, 3), (2, 8, 1, 2)),
 }
 PARTS = 11  # among which the tokens of narrow tiles are shared at most
@@ -121,7 +134,7 @@ def main() -> None:
     parser.add_argument("--rank", type=float, default=0.0, help="of an adapter, as a share of d_in")
     parser.add_argument("--apart", action="store_true", help="another kernel before each product")
     parser.add_argument("--cuts", action="store_true", help="time other cuts of mma too")
-    parser.add_argument("--named", default="", help="of them, those with this in their names")
+    parser.add_argument("--named", default="", help="of them, those whose names this pattern finds")
     parser.add_argument("--every", type=Path, help="file for the time of every cut")
     parser.add_argument("--once", help="launches, comma separated, or dense: for a profiler")
     parser.add_argument("--seconds", type=float, help="begin no case after this time")
@@ -196,12 +209,12 @@ def cuts_of(tokens: int, named: str) -> list[MmaLaunch]:
         for tiles in (least,) if tokens <= MAX_TOKENS else (8, 16):
             cuts += [MmaLaunch(tiles, *cut, grouped=True) for cut in GROUPED[tiles]]
         for tiles, ways in BY_TMA.items():
-            if tiles <= least and (tiles >= 8 or tokens <= 8 * PARTS * tiles):
+            if tiles <= least and (tiles >= 6 or tokens <= 8 * PARTS * tiles):
                 cuts += [MmaLaunch(tiles, *cut, grouped=True, tma=True) for cut in ways]
                 more = STAYING.get(tiles, ())
                 cuts += [MmaLaunch(tiles, *cut, grouped=True, tma=True, stays=True) for cut in more]
     memory = decoding_mma._shared_memory(0)
-    return [cut for cut in cuts if cut.shared <= memory and named in str(cut)]
+    return [cut for cut in cuts if cut.shared <= memory and re.search(named, str(cut))]
 
 
 def candidates(

@@ -469,7 +469,7 @@ class FusedSlopeLinear(SlopeLinear):
         _end(self, "weights were moved or loaded, or invalidate() was called")
         SlopeLinear.invalidate(self)
 
-    def _packed(self, dtype: torch.dtype) -> Tensor | None:
+    def _packed(self, values: Tensor, dtype: torch.dtype) -> Tensor | None:
         """None: values that moved into an operand of their own would leave the group's."""
         return None
 

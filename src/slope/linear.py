@@ -172,13 +172,14 @@ class AdaptedLinear(nn.Module):
             init=init,
         )
 
-    def _in_call_dtype(self, x: Tensor, what: str) -> Tensor:
-        """``x`` in the dtype of the products: autocast's, else the one it shares with the layer."""
-        dtype = self.stored().dtype
+    @staticmethod
+    def _in_call_dtype(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+        """``x`` in the dtype of the products: autocast's, else the layer's, which it must have."""
         # As autocast does for nn.Linear, which leaves fp64 alone; the meta device has none.
-        eligible = x.is_floating_point() and x.dtype != torch.float64
-        if eligible and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            return x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        if autocast and x.is_floating_point() and x.dtype != torch.float64:
+            return x.to(torch.get_autocast_dtype(kind))
         if x.dtype != dtype:
             raise RuntimeError(
                 f"input is {x.dtype} but {what} are {dtype}; cast one of them or use "
@@ -187,9 +188,8 @@ class AdaptedLinear(nn.Module):
         return x
 
     def _with_adapter(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.adapter is not None and self.adapter.active:
-            return y + self.adapter(x)
-        return y
+        adapter = self.adapter
+        return y if adapter is None or not adapter.active else y + adapter(x)
 
     def extra_repr(self) -> str:
         """Shape and pattern, for ``print(model)``."""
@@ -430,39 +430,42 @@ class SlopeLinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O); under autocast in its dtype, else x and values share theirs."""
-        x = self._in_call_dtype(x, "values")
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        # Each look-up in a module takes the host a microsecond, for which a small product waits.
+        values, bias = self.values, self.bias
+        x = self._in_call_dtype(x, values.dtype, "values")
+        dtype = x.dtype
+        cast = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
         # Without gradients the backend may add the adapter while it multiplies.
-        adapter = None if torch.is_grad_enabled() else self._adapter_term(x.dtype)
+        adapter = None if torch.is_grad_enabled() else self._adapter_term(dtype)
+        operands, packed = self._prepare(values, dtype), self._packed(values, dtype)
         y = slope_linear(
             x,
-            self.values,
-            bias,
+            values,
+            cast,
             self.metadata,
             self.column_mask,
             self.pattern,
             self._backend,
-            self._prepare(x.dtype),
-            self._packed(x.dtype),
+            operands,
+            packed,
             adapter,
         )
         return y if adapter is not None else self._with_adapter(x, y)
 
     def _adapter_term(self, dtype: torch.dtype) -> AdapterTerm | None:
         """The active adapter as a backend reads it."""
-        if self.adapter is None or not self.adapter.active:
-            return None
         adapter = self.adapter
+        if adapter is None or not adapter.active:
+            return None
         return AdapterTerm(
             adapter.down.to(dtype), adapter.up.to(dtype), adapter.scale, adapter.corners
         )
 
-    def _packed(self, dtype: torch.dtype) -> Tensor | None:
+    def _packed(self, values: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Operand whose first part the values are, so that serving packs nothing; None elsewhere.
 
         Only frozen values are moved into it: trained ones would be saved with the whole operand.
         """
-        values = self.values
         if values.requires_grad or values.dtype != dtype:
             return None
         metadata = self.metadata
@@ -473,7 +476,7 @@ class SlopeLinear(AdaptedLinear):
             # is_exporting() with True in every compilation, so the flag behind it is asked.
             made = metadata is self._operand_metadata and not torch.compiler._is_exporting_flag
             return self._operand if made else None
-        if self._operand_of != self._operand_key():
+        if self._operand_of != self._operand_key(values, metadata):
             if _captured(values):
                 return None  # a CUDA graph's memory is no place for values
             self.share_operand()
@@ -487,16 +490,16 @@ class SlopeLinear(AdaptedLinear):
         # Values that move into a tensor of inference mode could never be trained again.
         with torch.inference_mode(self.values.is_inference()), torch.no_grad():
             self._operand = self._backend.share_operand(self.compressed_weight())
-        self._operand_of = self._operand_key()
-        self._operand_metadata = self.metadata
+        self._operand_metadata = metadata = self.metadata
+        self._operand_of = self._operand_key(self.values, metadata)
 
-    def _operand_key(self) -> tuple[Any, ...]:
+    @staticmethod
+    def _operand_key(values: Tensor, metadata: Tensor) -> tuple[Any, ...]:
         """Where values and positions are, and how often positions were written."""
-        metadata = self.metadata
         version = None if metadata.is_inference() else metadata._version
-        return self.values.data_ptr(), metadata.data_ptr(), version
+        return values.data_ptr(), metadata.data_ptr(), version
 
-    def _prepare(self, dtype: torch.dtype) -> Operands | None:
+    def _prepare(self, values: Tensor, dtype: torch.dtype) -> Operands | None:
         """Refresh what has gone stale; the expanded operands on the CPU, None elsewhere.
 
         On the CPU expanding once per step instead of once per call is what keeps a sparse step near
@@ -509,9 +512,9 @@ class SlopeLinear(AdaptedLinear):
             self.column_mask_interval == 1
             and self.refreshes_itself
             and self.prune_backward
-            and (self.values.requires_grad or self._cache.filled)
+            and (values.requires_grad or self._cache.filled)
         )
-        if torch.compiler.is_compiling() or self.values.device.type != "cpu":
+        if torch.compiler.is_compiling() or values.device.type != "cpu":
             if refresh and torch.is_grad_enabled():
                 self.refresh_column_mask()
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,12 +174,14 @@ def product(tokens=512, only="", shape=(64, 128)):
     )  # fmt: skip
 
 
+def call(*paths, **algorithms):
+    """A product whose paths give their names and algorithms."""
+    given = {name: lambda algorithm, name=name: (name, algorithm) for name in paths}
+    return SimpleNamespace(paths=lambda: paths, algorithms=lambda product: algorithms, **given)
+
+
 def run(product):
-    paths = {
-        name: lambda algorithm, name=name: (name, algorithm)
-        for name in ("cusparselt", "triton", "dense")
-    }
-    return ops._run(product, paths, {"cusparselt": lambda: [7]})
+    return ops._run(product, call("cusparselt", "triton", "dense", cusparselt=lambda: [7]))
 
 
 def test_each_product_goes_to_the_fastest_path_that_can_do_it(gpu):
@@ -208,11 +211,11 @@ def test_a_path_asked_for_that_cannot_is_an_error(gpu):
 
 def test_of_the_two_decode_kernels_only_the_faster_one_is_measured(gpu, monkeypatch):
     monkeypatch.setattr(ops, "why_no_mma", lambda *product: None)
-    paths = {name: lambda algorithm, name=name: name for name in ("mma", "triton", "dense")}
-    assert ops._run(product(tokens=16), paths, {}) == "mma"
+    given = call("mma", "triton", "dense")
+    assert ops._run(product(tokens=16), given) == ("mma", None)
     reason = ops._chosen()[product(tokens=16)].reason()
     assert reason.endswith("; triton: mma does the same by a faster kernel")
-    assert ops._run(product(tokens=16, only="triton"), paths, {}) == "triton"
+    assert ops._run(product(tokens=16, only="triton"), given) == ("triton", None)
 
 
 def test_the_decode_kernel_asked_for_does_few_tokens_forward_or_says_why_not(gpu):
@@ -222,9 +225,8 @@ def test_the_decode_kernel_asked_for_does_few_tokens_forward_or_says_why_not(gpu
     with pytest.raises(RuntimeError, match="in_features=48 is not divisible by 32, the decode"):
         run(product(tokens=64, only="triton", shape=(80, 48)))
     gradient = product(tokens=16, only="triton")._replace(operation="input_gradient")
-    paths = {"cusparselt": lambda algorithm: None, "dense": lambda algorithm: None}
     with pytest.raises(RuntimeError, match="decode kernel does the forward alone; use backend"):
-        ops._run(gradient, paths, {})
+        ops._run(gradient, call("cusparselt", "dense"))
     assert slope.SparsityConfig(backend="triton").backend == get_backend("triton").name == "triton"
 
 

@@ -365,16 +365,16 @@ def decode_mma(
     """
     (tokens, in_features), out_features = x.shape, values.shape[0]
     y = x.new_empty((tokens, out_features))
-    if not y.numel():
+    if not tokens or not out_features:
         return y
-    rank = 0 if up is None else up.shape[1]
-    plan = _plan(launch, tokens, out_features, in_features, rank, x.dtype, x.device.index)
+    rank, device = 0 if up is None else up.shape[1], x.get_device()
+    plan = _plan(launch, tokens, out_features, in_features, rank, x.dtype, device)
     partial = low_partial = z = None
     if plan.slabs:
         partial = x.new_empty((plan.slabs, tokens, out_features), dtype=torch.float32)
     x = x if x.stride(0) % 8 == 0 else x.contiguous()
     x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    stream = torch._C._cuda_getCurrentRawStream(device)
     if up is not None and down is not None:
         down, up = _aligned(down), _aligned(up)
         if plan.ahead is not None:
@@ -383,8 +383,10 @@ def decode_mma(
             plan.ahead.launch(alone, x, 1.0, stream)
         else:
             low_partial = x.new_empty((launch.low_splits, tokens, rank), dtype=torch.float32)
-    written = (y if partial is None else None), partial, low_partial, None
-    pointers = tuple(map(_pointer, (values, metadata, x, bias, down, *written)))
+    pointers = (
+        values.data_ptr(), metadata.data_ptr(), x.data_ptr(), _pointer(bias), _pointer(down),
+        y.data_ptr() if partial is None else 0, _pointer(partial), _pointer(low_partial), 0,
+    )  # fmt: skip
     maps = _maps(launch, x, values, up, z, y if plan.boxes else None) if launch.tma else b""
     plan.launch(pointers, x, scale, stream, maps)
     if partial is not None:

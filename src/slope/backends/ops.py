@@ -11,7 +11,7 @@ Shape letters: T tokens, I = d_in, O = d_out, R rank of an adapter.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -128,67 +128,92 @@ def sparse_linear_forward(
     Returns:
         (T, O), dtype of ``x``.
     """
-    out_features, in_features = values.shape[0], x.shape[1]
-    adapter = None if down is None or up is None else AdapterTerm(down, up, scale)
-    weight = SparseWeight(values, metadata, column_mask, layout.PATTERN, in_features)
     if not _on_gpu(x):
+        adapter = None if down is None or up is None else AdapterTerm(down, up, scale)
+        weight = SparseWeight(values, metadata, column_mask, layout.PATTERN, x.shape[1])
         return _REFERENCE.forward(x, weight, bias, None, adapter)
-    x = x.contiguous()
-
-    def operand() -> Tensor:
-        return _kernels().pack_rows(values, metadata, x.dtype) if packed is None else packed
-
-    def with_adapter(y: Tensor) -> Tensor:
-        if down is None or up is None:
-            return y
-        # cuSPARSELt could add it as beta * C, but then takes 1.27 to 1.45 times as long at best.
-        return y.addmm_(x @ down.t(), up.t(), alpha=scale)
-
-    def cusparselt(algorithm: int | None) -> Tensor:
-        return with_adapter(_products().matmul(operand(), x, bias, out_features, algorithm))
-
-    def own(algorithm: str | None) -> Tensor:
-        if down is None or up is None or algorithm is None:
-            return with_adapter(gemm(operand(), x, bias, out_features))
-        return gemm_with_adapter(
-            operand(), x, bias, out_features, down, up, scale, algorithm, corners
-        )
-
-    def dense(_: None) -> Tensor:
-        w_r = _kernels().expand(values, metadata, None, x.dtype)
-        return with_adapter(torch.nn.functional.linear(x, w_r, bias))
-
-    def triton(_: None) -> Tensor:
-        return decode(x, values, metadata, bias, down, up, scale)
-
-    def mma(algorithm: str) -> Tensor:
-        launch = MmaLaunch.parse(algorithm)
-        if adds_adapter(launch, scale):
-            return decode_mma(x, values, metadata, bias, down, up, scale, launch)
-        return with_adapter(decode_mma(x, values, metadata, bias, None, None, scale, launch))
-
-    def search() -> list[int | None]:
-        return [_products().search(operand(), _padded(x), bias, out_features)]
-
-    def ways() -> list[str | None]:
-        return list(WAYS) if product.usual_scale and takes_adapter(rank) else [None]
-
-    def cuts() -> list[str]:
-        return launches(bucket(x.shape[0]), out_features, in_features, rank, x.device.index)
-
     rank = 0 if up is None else up.shape[1]
     product = Product(
-        "forward", out_features, in_features, x.shape[0], x.dtype, values.dtype,
+        "forward", values.shape[0], x.shape[1], x.shape[0], x.dtype, values.dtype,
         packed is not None, rank, only, x.device, not rank or takes_scale(scale, x.dtype),
         tuple(corners),
     )  # fmt: skip
-    paths: dict[str, Callable[[Any], Tensor]] = {
-        "cusparselt": cusparselt, "gemm": own, "mma": mma, "triton": triton, "dense": dense
-    }  # fmt: skip
-    algorithms: dict[str, Callable[[], Sequence[Any]]] = {
-        "cusparselt": search, "gemm": ways, "mma": cuts
-    }  # fmt: skip
-    return _run(product, paths, algorithms)
+    x = x.contiguous()
+    return _run(
+        product, _Forward(x, values, metadata, packed, bias, down, up, scale, product.corners)
+    )
+
+
+class _Forward(NamedTuple):
+    """A forward on a GPU; each path is a method, which takes one of its algorithms."""
+
+    x: Tensor
+    values: Tensor
+    metadata: Tensor
+    packed: Tensor | None
+    bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    scale: float
+    corners: tuple[int, ...]
+
+    def paths(self) -> tuple[str, ...]:
+        """Names of the methods."""
+        return "cusparselt", "gemm", "mma", "triton", "dense"
+
+    def algorithms(self, product: Product) -> dict[str, Callable[[], Sequence[Any]]]:
+        """Those that compete, by path."""
+
+        def search() -> list[int | None]:
+            x = _padded(self.x)
+            return [_products().search(self._operand(), x, self.bias, product.out_features)]
+
+        def ways() -> list[str | None]:
+            return list(WAYS) if product.usual_scale and takes_adapter(product.rank) else [None]
+
+        def cuts() -> list[str]:
+            sizes = product.out_features, product.in_features, product.rank
+            return launches(bucket(product.tokens), *sizes, product.device.index)
+
+        return {"cusparselt": search, "gemm": ways, "mma": cuts}
+
+    def cusparselt(self, algorithm: int | None) -> Tensor:
+        out_features = self.values.shape[0]
+        given = self._operand(), self.x, self.bias, out_features, algorithm
+        return self._with_adapter(_products().matmul(*given))
+
+    def gemm(self, way: str | None) -> Tensor:
+        given = self._operand(), self.x, self.bias, self.values.shape[0]
+        if self.down is None or self.up is None or way is None:
+            return self._with_adapter(gemm(*given))
+        return gemm_with_adapter(*given, self.down, self.up, self.scale, way, self.corners)
+
+    def mma(self, algorithm: str) -> Tensor:
+        launch, scale = MmaLaunch.parse(algorithm), self.scale
+        given = self.x, self.values, self.metadata, self.bias
+        if self.up is None or adds_adapter(launch, scale):
+            return decode_mma(*given, self.down, self.up, scale, launch)
+        return self._with_adapter(decode_mma(*given, None, None, scale, launch))
+
+    def triton(self, _: None) -> Tensor:
+        weight = self.values, self.metadata, self.bias
+        return decode(self.x, *weight, self.down, self.up, self.scale)
+
+    def dense(self, _: None) -> Tensor:
+        w_r = _kernels().expand(self.values, self.metadata, None, self.x.dtype)
+        return self._with_adapter(torch.nn.functional.linear(self.x, w_r, self.bias))
+
+    def _operand(self) -> Tensor:
+        if self.packed is not None:
+            return self.packed
+        packed: Tensor = _kernels().pack_rows(self.values, self.metadata, self.x.dtype)
+        return packed
+
+    def _with_adapter(self, y: Tensor) -> Tensor:
+        if self.down is None or self.up is None:
+            return y
+        # cuSPARSELt could add it as beta * C, but then takes 1.27 to 1.45 times as long at best.
+        return y.addmm_(self.x @ self.down.t(), self.up.t(), alpha=self.scale)
 
 
 @_on_its_device
@@ -211,31 +236,52 @@ def sparse_input_gradient_forward(
     if not _on_gpu(dy):
         weight = SparseWeight(values, metadata, column_mask, layout.PATTERN, in_features)
         return _REFERENCE.input_gradient(dy, weight)
-    dy = dy.contiguous()
-
-    def operand() -> Tensor:
-        return _kernels().pack_columns(values, metadata, column_mask, dy.dtype)
-
-    def cusparselt(algorithm: int | None) -> Tensor:
-        return _products().matmul(operand(), dy, None, in_features, algorithm)
-
-    def own(_: None) -> Tensor:
-        return gemm(operand(), dy, None, in_features)
-
-    def dense(_: None) -> Tensor:
-        return dy @ _kernels().expand(values, metadata, column_mask, dy.dtype)
-
-    def search() -> list[int | None]:
-        return [_products().search(operand(), _padded(dy), None, in_features)]
-
     product = Product(
         "input_gradient", out_features, in_features, dy.shape[0], dy.dtype, values.dtype,
         False, 0, only, dy.device,
     )  # fmt: skip
-    paths: dict[str, Callable[[Any], Tensor]] = {
-        "cusparselt": cusparselt, "gemm": own, "dense": dense
-    }  # fmt: skip
-    return _run(product, paths, {"cusparselt": search})
+    return _run(product, _InputGradient(dy.contiguous(), values, metadata, column_mask))
+
+
+class _InputGradient(NamedTuple):
+    """An input gradient on a GPU; each path is a method, which takes one of its algorithms."""
+
+    dy: Tensor
+    values: Tensor
+    metadata: Tensor
+    column_mask: Tensor
+
+    def paths(self) -> tuple[str, ...]:
+        """Names of the methods."""
+        return "cusparselt", "gemm", "dense"
+
+    def algorithms(self, product: Product) -> dict[str, Callable[[], Sequence[Any]]]:
+        """Those that compete, by path."""
+
+        def search() -> list[int | None]:
+            dy = _padded(self.dy)
+            return [_products().search(self._operand(), dy, None, product.in_features)]
+
+        return {"cusparselt": search}
+
+    def cusparselt(self, algorithm: int | None) -> Tensor:
+        in_features = 2 * self.values.shape[1]
+        given = self._operand(), self.dy, None, in_features, algorithm
+        dx: Tensor = _products().matmul(*given)
+        return dx
+
+    def gemm(self, _: None) -> Tensor:
+        return gemm(self._operand(), self.dy, None, 2 * self.values.shape[1])
+
+    def dense(self, _: None) -> Tensor:
+        masks = self.metadata, self.column_mask
+        dx: Tensor = self.dy @ _kernels().expand(self.values, *masks, self.dy.dtype)
+        return dx
+
+    def _operand(self) -> Tensor:
+        masks = self.metadata, self.column_mask
+        packed: Tensor = _kernels().pack_columns(self.values, *masks, self.dy.dtype)
+        return packed
 
 
 @_on_its_device
@@ -299,23 +345,16 @@ def packed_operand(values: Tensor, metadata: Tensor) -> Tensor | None:
     return packed
 
 
-def _run(
-    product: Product,
-    paths: Mapping[str, Callable[[Any], Tensor]],
-    algorithms: Mapping[str, Callable[[], Sequence[Any]]],
-) -> Tensor:
+def _run(product: Product, call: _Forward | _InputGradient) -> Tensor:
     """Do a product by the path asked for or by the fastest, known after the first call."""
     choice = _chosen().get(product)
     if choice is None:
-        choice = _choose(product, paths, algorithms)
-    return paths[choice.path](choice.algorithms.get(choice.path))
+        choice = _choose(product, call)
+    y: Tensor = getattr(call, choice.path)(choice.algorithms.get(choice.path))
+    return y
 
 
-def _choose(
-    product: Product,
-    paths: Mapping[str, Callable[[Any], Tensor]],
-    algorithms: Mapping[str, Callable[[], Sequence[Any]]],
-) -> Choice:
+def _choose(product: Product, call: _Forward | _InputGradient) -> Choice:
     only = product.only
     if not _can_measure():
         if only not in ("", "dense"):
@@ -324,12 +363,12 @@ def _choose(
                 "run the model before the capture."
             )
         return Choice("dense")  # not kept: the next call may measure
-    names = dict.fromkeys((*paths, only))
+    names = dict.fromkeys((*call.paths(), only))
     refused = {name: reason for name in names if (reason := _why_not(name, product))}
-    if "mma" in paths and not DECODE_PATHS & refused.keys() and only != "triton":
+    if "mma" in call.paths() and not DECODE_PATHS & refused.keys() and only != "triton":
         # It takes seconds to compile for a shape, and was the slower one at every shape measured.
         refused["triton"] = "mma does the same by a faster kernel"
-    wanted = {name: path for name, path in paths.items() if name not in refused}
+    wanted = {name: getattr(call, name) for name in call.paths() if name not in refused}
     choice = Choice("dense")
     if len(wanted) > 1 and only != "dense":
         key = ProductKey(
@@ -337,7 +376,7 @@ def _choose(
             _name(product.dtype), _name(product.values_dtype), product.aliased, product.rank,
             product.usual_scale, ",".join(map(str, product.corners)),
         )  # fmt: skip
-        choice = tuner().choose(key, wanted, algorithms)
+        choice = tuner().choose(key, wanted, call.algorithms(product))
     choice = replace(choice, path=only or choice.path, refused=refused | dict(choice.refused))
     if choice.path in choice.refused:
         raise RuntimeError(

@@ -51,7 +51,7 @@ class AdaptedDense(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O); under autocast in its dtype, else x and the weight share theirs."""
-        x = self._in_call_dtype(x, "weights")
+        x = self._in_call_dtype(x, self.weight.dtype, "weights")
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self._with_adapter(x, nn.functional.linear(x, self.weight.to(x.dtype), bias))
 

@@ -85,7 +85,7 @@ class PrunedLinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O); under autocast in its dtype, else x and the weight share theirs."""
-        x = self._in_call_dtype(x, "weights")
+        x = self._in_call_dtype(x, self.weight.dtype, "weights")
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.dense:
             y = nn.functional.linear(x, self.weight.to(x.dtype), bias)
