@@ -13,8 +13,8 @@ the 10th to 90th percentile of each speed-up, and the name of the launch that wa
 ``mma``. With ``--cuts`` every cut is checked, timed once, and the best few take turns with the
 others. With ``--once`` launches are made a single time, untimed, for a profiler. Launches are named
 by token_tiles, row_tiles, row_warps, column_warps, stages, g for wgmma or t for wgmma with TMA /
-splits, and with an adapter / low splits; p is t with blocks that make several tiles. With an
-adapter ``gemm`` is also timed in both ways to make X down^T.
+splits, and with an adapter / low splits; p is t with blocks that make several tiles, x where blocks
+that begin together share X. With an adapter ``gemm`` is also timed in both ways to make X down^T.
 """
 
 from __future__ import annotations
@@ -135,6 +135,9 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="another kernel before each product")
     parser.add_argument("--cuts", action="store_true", help="time other cuts of mma too")
     parser.add_argument("--named", default="", help="of them, those whose names this pattern finds")
+    parser.add_argument(
+        "--splits", type=int, default=decoding_mma.LARGEST_CLUSTER, help="of them, up to so many"
+    )
     parser.add_argument("--every", type=Path, help="file for the time of every cut")
     parser.add_argument("--once", help="launches, comma separated, or dense: for a profiler")
     parser.add_argument("--seconds", type=float, help="begin no case after this time")
@@ -218,10 +221,12 @@ def cuts_of(tokens: int, named: str) -> list[MmaLaunch]:
 
 
 def candidates(
-    out_features: int, in_features: int, tokens: int, rank: int, named: str
+    out_features: int, in_features: int, tokens: int, rank: int, named: str, most_splits: int
 ) -> Iterator[MmaLaunch]:
     """Each cut with its splits; with an adapter also those of down, 0 leaves it to cuBLAS."""
     for launch in decoding_mma.split(cuts_of(tokens, named), tokens, out_features, in_features):
+        if launch.splits > most_splits:
+            continue
         ways = LOW_SPLITS if rank else (0,)
         if launch.tma:
             ways = ways[: 1 if rank % decoding_mma._TMA_ROW else 4]
@@ -291,7 +296,8 @@ def measure(
     if options.cuts:
         expected = by_dense(0).float()
         times = {}
-        for launch in candidates(out_features, in_features, tokens, rank, options.named):
+        case = out_features, in_features, tokens, rank
+        for launch in candidates(*case, options.named, options.splits):
             name, act = str(launch), functools.partial(by_cut, launch)
             difference = (act(0).float() - expected).norm() / expected.norm()
             if not difference < 1e-2:
@@ -304,7 +310,6 @@ def measure(
         calls |= {name: times[name][1] for name in best}
         if options.every:
             with options.every.open("a", newline="") as file:
-                case = out_features, in_features, tokens, rank
                 rows = csv.writer(file)
                 rows.writerows(
                     (*case, name, f"{time * 1e6:.3f}") for name, (time, _) in times.items()

@@ -91,11 +91,11 @@ def test_the_struct_is_that_of_the_source():
     source = Path(decoding_mma.__file__).with_name("decode.cu").read_text()
     body = source[source.index("Arguments {") :].partition("};")[0]
     names = re.findall(r"(\w+)[,;]", re.sub("//.*", "", body))
-    maps = [f"{name}_map" for name in ("values", "x", "up", "z", "y")]
+    maps = [f"{name}_map" for name in ("values", "metadata", "x", "up", "z", "y")]
     assert names == [*maps, *decoding_mma._FIELDS.split()]
     # As compilers lay it out, where maps are aligned to 64 bytes.
-    assert decoding_mma._ARGUMENTS.size == 8 * 9 + 8 + 4 * 7 + 4
-    assert (5 * len(decoding_mma._NO_MAP) + 112 + len(decoding_mma._PADDING)) == 768
+    assert decoding_mma._ARGUMENTS.size == 8 * 9 + 8 + 4 * 9 + 4
+    assert (6 * len(decoding_mma._NO_MAP) + 120 + len(decoding_mma._PADDING)) == 896
 
 
 SHAPES = ((64, 64), (2048, 8192), (4096, 14336), (5120, 5120), (9216, 9216), (28672, 768))
@@ -136,8 +136,12 @@ def test_launches(hopper, shape):
             served = {cut for cut in served if not cut.tma}
         elif tokens > 16:
             served = {cut for cut in served if cut.tma}
-        assert {one._replace(splits=1) for one in found} == served
+        assert {one._replace(splits=1, x_first=False) for one in found} == served
         for one in found:
+            rows, parts = -(-shape[0] // one.rows), one.parts(tokens)
+            other = one._replace(x_first=not one.x_first)
+            both = one.tma and min(rows, parts) > 1 and shape[0] * shape[1] <= 40 << 20
+            assert (other in found) == both and (both or not one.x_first)
             assert 1 <= one.splits <= decoding_mma.LARGEST_CLUSTER
             if one.splits > 1:
                 assert 128 * one.column_warps * one.splits <= shape[1]
@@ -171,7 +175,10 @@ def test_the_figures_of_a_cut():
     assert str(wide) == "16.1.8.1.4g/3" and MmaLaunch.parse(str(wide)) == wide
     assert MmaLaunch.parse("1.1.1.4.4") == cut == MmaLaunch.parse("1.1.1.4.4/1")
     assert MmaLaunch.parse("1.1.1.4.4/2/3") == cut._replace(splits=2, low_splits=3)
+    x_first = MmaLaunch.parse("16.1.12.1.3px")
+    assert str(x_first._replace(splits=2)) == "16.1.12.1.3px/2"
     stays = MmaLaunch.parse("16.1.12.1.3p")
+    assert x_first == stays._replace(x_first=True)
     assert stays == MmaLaunch(16, 1, 12, 1, 3, grouped=True, tma=True, stays=True)
     assert str(stays) == "16.1.12.1.3p/1"
     assert stays.shared == 3 * (192 * 128 + 128 * 256 + 192 * 16) + 2 * 128 * 192 + 16 * 3
@@ -232,9 +239,9 @@ def test_a_compiler_that_is_too_old_or_missing_is_a_reason(monkeypatch, version,
 
 
 def argument_of(argument):
-    """What a launch is given, by the names of the source, behind five maps if there are."""
-    assert len(argument) in (112, 768)
-    numbers = decoding_mma._ARGUMENTS.unpack_from(argument, 5 * 128 * (len(argument) == 768))
+    """What a launch is given, by the names of the source, behind six maps if there are."""
+    assert len(argument) in (120, 896)
+    numbers = decoding_mma._ARGUMENTS.unpack_from(argument, 6 * 128 * (len(argument) == 896))
     return SimpleNamespace(**dict(zip(decoding_mma._FIELDS.split(), numbers, strict=True)))
 
 
@@ -344,13 +351,15 @@ def test_tma_is_told_of_tiles(launched, monkeypatch):
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
     x, values = torch.zeros(17, 256, dtype=BF16), torch.zeros(300, 128, dtype=BF16)
     metadata = torch.zeros(300, 32, dtype=torch.uint8)
-    launch = MmaLaunch(4, 1, 4, 2, 4, 2, True, tma=True)
+    launch = MmaLaunch(4, 1, 4, 2, 4, 2, True, tma=True, x_first=True)
     decode_mma(x, values, metadata, None, None, None, 1.0, launch)
-    ((_, grid, threads, argument, _, together),) = seen
+    ((cut, grid, threads, argument, _, together),) = seen
     assert (grid, threads, together) == (5 * 2, 32 * (4 * 2 + 1), 2)
     assert argument.splits == 2 and argument.boxes == 0
+    assert argument.x_first == 1 and not cut.x_first  # one kernel does both
     assert maps == [
         (values.data_ptr(), "bf16", 128, 300, 256, 64, 64),
+        (metadata.data_ptr(), "u8", 32, 300, 32, 16, 64),
         (x.data_ptr(), "bf16", 256, 17, 512, 64, 32),
     ]
 
@@ -424,12 +433,12 @@ def test_with_tma_x_down_is_made_by_a_launch_ahead(launched, monkeypatch, room, 
     (low, blocks, threads, ahead, _, together), (cut, tiles, _, argument, _, alone) = seen
     assert str(low) == "8.1.4.2.3g/1" and (blocks, threads) == (2 * 2 * cluster, 256)
     assert (together, alone, tiles) == (cluster, 1, 3)
-    assert (ahead.z, ahead.splits, ahead.outputs, ahead.rank) == (boxes[3][0], cluster, 72, 72)
+    assert (ahead.z, ahead.splits, ahead.outputs, ahead.rank) == (boxes[4][0], cluster, 72, 72)
     assert cut.low_splits == 1 and decoding_mma.constants(cut, BF16)["ADAPTED"] == 1
     assert (argument.scale, argument.rank, argument.low_splits) == (0.5, 72, 0)
     assert argument.z == argument.partial == 0 and argument.y
-    assert finished == [] and boxes[2] == (up.data_ptr(), ("bf16", 72, 300, 144, 64, 128))
-    assert boxes[3][1] == ("bf16", 72, 100, 144, 64, 128)
+    assert finished == [] and boxes[3] == (up.data_ptr(), ("bf16", 72, 300, 144, 64, 128))
+    assert boxes[4][1] == ("bf16", 72, 100, 144, 64, 128)
 
 
 @pytest.mark.parametrize(

@@ -307,8 +307,8 @@ def test_blocks_that_make_several_tiles(cut, outputs, tokens, rank):
     y = decoding_mma.decode_mma(*given, launch)
     assert error(y, expected) < ROUNDING[torch.bfloat16]
     # The same sums in the same order.
-    once = launch._replace(stays=False, stages=2)
-    assert torch.equal(y, decoding_mma.decode_mma(*given, once))
+    for other in (launch._replace(stays=False, stages=2), launch._replace(x_first=True)):
+        assert torch.equal(y, decoding_mma.decode_mma(*given, other))
 
 
 @pytest.mark.parametrize("rank", [0, 40])
@@ -354,14 +354,15 @@ def test_cuts_whose_tiles_are_copied_by_tma(name, rank, dtype):
     up = torch.randn(328, rank, device="cuda", dtype=dtype) if rank else None
     for tokens in (1, 8 * launch.token_tiles, 24 * launch.token_tiles - 5):
         x = torch.randn(tokens, 1672, device="cuda", dtype=dtype)[:, 8:]
-        given = x, layer.values, layer.metadata, layer.bias, down, up, -0.7, launch
-        y = decoding_mma.decode_mma(*given)
+        given = x, layer.values, layer.metadata, layer.bias, down, up, -0.7
+        y = decoding_mma.decode_mma(*given, launch)
         expected = x.double() @ exact.t() + layer.bias.double()
         if rank:
             low = (x.double() @ down.double().t()).to(x.dtype).double()
             expected += -0.7 * low @ up.double().t()
         assert error(y, expected) < ROUNDING[dtype]
-        assert torch.equal(y, decoding_mma.decode_mma(*given))
+        for again in (launch, launch._replace(x_first=True)):
+            assert torch.equal(y, decoding_mma.decode_mma(*given, again))
 
 
 @pytest.mark.parametrize("rank", [0, 72])

@@ -57,11 +57,12 @@ static_assert(!TMA || STAGES % WK == 0, "a stage is always read by the same warp
 
 struct Arguments {
 #if TMA
-    Map values_map;  // boxes of 64 x ROWS, swapped by 128 bytes
-    Map x_map;       // boxes of 64 x TOKENS, likewise
-    Map up_map;      // boxes of 64 x ROWS, likewise
-    Map z_map;       // boxes of 64 x TOKENS, likewise
-    Map y_map;       // boxes of 64 x TOKENS, likewise
+    Map values_map;    // boxes of 64 x ROWS, swapped by 128 bytes
+    Map metadata_map;  // boxes of 16 bytes x ROWS, as they are
+    Map x_map;         // boxes of 64 x TOKENS, swapped by 128 bytes
+    Map up_map;        // boxes of 64 x ROWS, likewise
+    Map z_map;         // boxes of 64 x TOKENS, likewise
+    Map y_map;         // boxes of 64 x TOKENS, likewise
 #endif
     const char* values;    // (outputs, inputs / 2)
     const char* metadata;  // (outputs, inputs / 8)
@@ -75,7 +76,8 @@ struct Arguments {
     long long x_stride;
     int tokens, outputs, inputs, rank, splits, low_splits;
     float scale;
-    int boxes;  // whether Y is written as boxes: by blocks that share no columns (TMA)
+    int boxes;    // whether Y is written as boxes: by blocks that share no columns (TMA)
+    int x_first;  // whether tiles of the same X are numbered one after another, else those of the same A (TMA)
 };
 
 // The source is not read where it lies outside; zeros are written then.
@@ -614,24 +616,30 @@ __device__ __forceinline__ void ask_for(const Map& map) {
 }
 
 // The same of W^R by a block whose last warp does nothing but copy. A stage is full when its boxes
-// and the metadata, which the lanes of that warp copy, have come; empty when all warps have read it.
-// An adapter is some more steps, whose sums are to be scaled: what is there is divided by the scale
-// first. The launch ahead, which makes Z, has let this one begin when X was written. Tiles are numbered,
-// the tokens of a tile of outputs one after another.
-__device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memory, int number, int parts,
-                                               int tiles, int split, int splits) {
+// have come, empty when all warps have read it. An adapter is some more steps, whose sums are to be
+// scaled: what is there is divided by the scale first. The launch ahead, which makes Z, has let this one
+// begin when X was written.
+__device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memory, int number, int split,
+                                               int splits) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int steps = (arg.inputs + STEP - 1) / STEP;
     const int all = steps + (ADAPTED ? (arg.rank + 63) / 64 : 0), share = (all + splits - 1) / splits;
     const int begin = split * share, end = min(begin + share, all);
     const u32 base = shared_address(memory), full = base + BARRIERS, empty = full + 8 * STAGES;
-    int row = number / parts * ROWS, token = number % parts * TOKENS;
+    int row, token;
+    auto find = [&]() {
+        const int tiles = (arg.outputs + ROWS - 1) / ROWS, parts = (arg.tokens + TOKENS - 1) / TOKENS;
+        const int together = arg.x_first ? tiles : parts;  // which share an operand
+        const int slow = number / together, fast = number % together;
+        row = (arg.x_first ? fast : slow) * ROWS, token = (arg.x_first ? slow : fast) * TOKENS;
+        return number < tiles * parts;
+    };
+    find();
     int before = -begin;  // steps of the tiles before, less those of other blocks
     auto next_tile = [&]() {
         before += end - begin;
         number += gridDim.x;
-        row = number / parts * ROWS, token = number % parts * TOKENS;
-        return STAYS && number < tiles * parts;
+        return STAYS && find();
     };
     auto stage_of = [&](int step) { return base + (before + step) % STAGES * STAGE; };
     auto full_of = [&](int step) { return full + 8 * ((before + step) % STAGES); };
@@ -639,12 +647,13 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
     auto parity_of = [&](int step) { return (before + step) / STAGES & 1; };
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 33;" ::"r"(full + 8 * s));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * s));
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * s), "n"(WM));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     } else if (threadIdx.x == 32) {
         ask_for(arg.values_map);
+        ask_for(arg.metadata_map);
         ask_for(arg.x_map);
         if (ADAPTED) ask_for(arg.up_map);
         if (ADAPTED) ask_for(arg.z_map);
@@ -655,7 +664,6 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
     if (warp >= WM * WK) {
         if (HANDS_OVER) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (warp > WM * WK) return;
-        const long long pitch = arg.inputs / 8;
         bool waited = false;
         do {
             for (int step = begin; step < end; ++step) {
@@ -673,29 +681,20 @@ __device__ __forceinline__ void product_by_tma(const Arguments& arg, char* memor
                     if (!waited) wait_for_previous();
                     waited = true;
                     if (lane == 0) copy_box(at + A_BYTES, arg.z_map, column, token, done);
-                    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(done) : "memory");
                     continue;
                 }
 #endif
-                if (lane == 0) {
-                    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
-                                 "n"(A_BYTES + X_BYTES)
-                                 : "memory");
-                    copy_box(at, arg.values_map, STEP / 2 * step, row, done);
-                    for (int half = 0; half < 2; ++half)
-                        copy_box(at + A_BYTES + half * (128 * TOKENS), arg.x_map,
-                                 STEP * step + 64 * half, token, done);
-                }
-                const char* metadata = arg.metadata + (row + lane) * pitch + STEP / 8 * step;
-#pragma unroll
-                for (int r = 0; r < ROWS; r += 32)
-                    copy<16>(at + A_BYTES + X_BYTES + 16 * (r + lane), metadata + r * pitch,
-                             row + r + lane < arg.outputs);
-                asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(done)
+                if (lane > 0) continue;
+                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(done),
+                             "n"(STAGE)
                              : "memory");
+                copy_box(at, arg.values_map, STEP / 2 * step, row, done);
+                copy_box(at + A_BYTES + X_BYTES, arg.metadata_map, STEP / 8 * step, row, done);
+                for (int half = 0; half < 2; ++half)
+                    copy_box(at + A_BYTES + half * (128 * TOKENS), arg.x_map, STEP * step + 64 * half,
+                             token, done);
             }
         } while (next_tile());
-        asm volatile("cp.async.wait_all;");
         return;
     }
     if (HANDS_OVER) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
@@ -774,10 +773,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING, HANDS_OVER ? 1 :
     const int first = (low_blocks + cluster - 1) / cluster * cluster;
     const int block = blockIdx.x, number = (block - first) / cluster, rest = number / parts;
     // Tokens change fastest, so that rows of A are read again out of the L2 cache.
-    const int tile = cluster > 1 ? rest : rest % tiles;
+    const int tile = rest % tiles;
     const int split = cluster > 1 ? (block - first) % cluster : rest / tiles;
 #if TMA
-    product_by_tma(arg, memory, tile * parts + number % parts, parts, tiles, split, arg.splits);
+    product_by_tma(arg, memory, number % (tiles * parts), split, arg.splits);
 #else
     const int row = tile * ROWS, token = number % parts * TOKENS;
     if (arg.z) {

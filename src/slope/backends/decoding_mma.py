@@ -24,6 +24,7 @@ _LOW_COLUMNS = 3584  # of a split of X downᵀ: longer ones outlast the blocks o
 _CLUSTERS_FROM = 9  # compute capability
 _WGMMA = (9, 0)  # the compute capability that has it; later ones have another instruction
 LARGEST_CLUSTER = 8  # blocks; more are not portable
+_MOST_REREAD = 40 << 20  # weights that stay in an H200's L2 cache, beside X
 _MOST_BLOCKS = 1300  # of a grid that is split: ten for each multiprocessor of an H200
 _MULTIPLE = 64  # of I: a copy moves 8 bytes of metadata
 _TMA_MULTIPLE = 128  # of I: with TMA 16
@@ -47,6 +48,8 @@ class MmaLaunch(NamedTuple):
         tma: wgmma with tiles that the tensor memory accelerator copies, at the word of one more
             warp; warps along I then take turns.
         stays: the same, and a block makes several tiles one after another.
+        x_first: with ``tma``: blocks that begin together share tiles of X, else of W^R. Also no
+            constant of the source.
 
     Example:
         >>> str(MmaLaunch(8, 1, 4, 2, 3, splits=2, grouped=True))
@@ -65,10 +68,12 @@ class MmaLaunch(NamedTuple):
     low_splits: int = 0
     tma: bool = False
     stays: bool = False
+    x_first: bool = False
 
     def __str__(self) -> str:
         """The name under which it is kept and reported."""
         kind = "p" if self.stays else "t" if self.tma else "g" * self.grouped
+        kind += "x" * self.x_first
         name = f"{'.'.join(map(str, self[:5]))}{kind}/{self.splits}"
         return f"{name}/{self.low_splits}" if self.low_splits else name
 
@@ -78,9 +83,10 @@ class MmaLaunch(NamedTuple):
         """The inverse of ``str``; without splits it has one."""
         cut, *rest = name.split("/")
         splits, low_splits = (*map(int, rest), *(1, 0)[len(rest) :])
-        grouped, tma, stays = (cut[-1] in kinds for kinds in ("gtp", "tp", "p"))
-        tokens, tiles, rows, columns, stages = map(int, cut.rstrip("gtp").split("."))
-        return cls(tokens, tiles, rows, columns, stages, splits, grouped, low_splits, tma, stays)
+        sizes = cut.rstrip("gtpx")
+        of = [any(kind in cut[len(sizes) :] for kind in kinds) for kinds in ("gtp", "tp", "p", "x")]
+        tokens, tiles, rows, columns, stages = map(int, sizes.split("."))
+        return cls(tokens, tiles, rows, columns, stages, splits, of[0], low_splits, *of[1:])
 
     @property
     def rows(self) -> int:
@@ -138,11 +144,11 @@ _TMA_ALONE_FROM = 17
 _MANY_TOKENS, _MOST_RESULTS = 1024, 6 << 20
 
 
-# ``struct Arguments`` of the source; with TMA five ``CUtensorMap`` come first.
-_ARGUMENTS = struct.Struct("9Q q 6i f i")
+# ``struct Arguments`` of the source; with TMA six ``CUtensorMap`` come first.
+_ARGUMENTS = struct.Struct("9Q q 6i f 2i 4x")
 _FIELDS = (
     "values metadata x bias down y partial low z x_stride tokens outputs inputs rank splits "
-    "low_splits scale boxes"
+    "low_splits scale boxes x_first"
 )
 _NO_MAP = bytes(128)
 _PADDING = bytes(-_ARGUMENTS.size % 64)  # behind them, since maps are aligned so
@@ -203,18 +209,20 @@ def split(
 ) -> list[MmaLaunch]:
     """Each cut as it is and split: a step or more for each part, no more than a cluster holds.
 
-    A grid of many more blocks than a GPU has places for is not split.
+    A grid of many more blocks than a GPU has places for is not split. With TMA either operand may
+    come first where both are shared, and W^R does not have to be read from memory again.
     """
     found = []
+    rereads = out_features * in_features <= _MOST_REREAD
     for cut in cuts:
         if (cut.tma and in_features % _TMA_MULTIPLE) or (cut.stays and out_features % _TMA_ROW):
             continue
-        if cut.stays:
-            found.append(cut)
-            continue
-        tiles = -(-out_features // cut.rows) * cut.parts(tokens)
-        most = min(in_features // (128 * cut.column_warps), _MOST_BLOCKS // tiles, LARGEST_CLUSTER)
-        found += [cut._replace(splits=splits) for splits in range(1, max(1, most) + 1)]
+        rows, parts = -(-out_features // cut.rows), cut.parts(tokens)
+        most = min(in_features // (128 * cut.column_warps), LARGEST_CLUSTER)
+        most = 1 if cut.stays else max(1, min(most, _MOST_BLOCKS // (rows * parts)))
+        for x_first in (False, True) if cut.tma and rereads and min(rows, parts) > 1 else (False,):
+            way = cut._replace(x_first=x_first)
+            found += [way._replace(splits=splits) for splits in range(1, most + 1)]
     return found
 
 
@@ -387,7 +395,9 @@ def decode_mma(
         values.data_ptr(), metadata.data_ptr(), x.data_ptr(), _pointer(bias), _pointer(down),
         y.data_ptr() if partial is None else 0, _pointer(partial), _pointer(low_partial), 0,
     )  # fmt: skip
-    maps = _maps(launch, x, values, up, z, y if plan.boxes else None) if launch.tma else b""
+    maps = b""
+    if launch.tma:
+        maps = _maps(launch, x, values, metadata, up, z, y if plan.boxes else None)
     plan.launch(pointers, x, scale, stream, maps)
     if partial is not None:
         left = (low_partial, up) if plan.ahead is None else (None, None)
@@ -408,6 +418,7 @@ class _Plan(NamedTuple):
         slabs: of partial sums, 0 where Y is written at once.
         ahead: the launch that makes X downᵀ for this one.
         boxes: whether TMA writes Y.
+        x_first: as that of the launch.
     """
 
     kernel: nvrtc.Kernel
@@ -419,13 +430,14 @@ class _Plan(NamedTuple):
     slabs: int
     ahead: _Plan | None
     boxes: bool = False
+    x_first: bool = False
 
     def launch(
         self, pointers: Sequence[int], x: Tensor, scale: float, stream: int, maps: bytes = b""
     ) -> None:
         """Of operands at addresses."""
         row = x.stride(0) * x.itemsize
-        argument = _ARGUMENTS.pack(*pointers, row, *self.sizes, scale, self.boxes)
+        argument = _ARGUMENTS.pack(*pointers, row, *self.sizes, scale, self.boxes, self.x_first)
         if maps:
             argument = maps + argument + _PADDING
         self.kernel(self.blocks, self.threads, argument, stream, self.cluster, self.early)
@@ -452,7 +464,8 @@ def _plan(
         sizes = tokens, rank, in_features, rank, cluster, 0
         ahead = _Plan(kernel, blocks, cut.threads, cluster, True, sizes, 0, None)
         low_splits = 0
-    kernel = _kernel(launch._replace(splits=1, low_splits=int(ahead is not None)), dtype, device)
+    cut = launch._replace(splits=1, low_splits=int(ahead is not None), x_first=False)
+    kernel = _kernel(cut, dtype, device)
     splits = launch.splits
     together = clusters and 1 < splits <= LARGEST_CLUSTER and kernel.holds(launch.threads, splits)
     cluster = splits if together else 1
@@ -469,7 +482,8 @@ def _plan(
             f"{launch} cannot make {out_features} outputs: blocks that stay take all columns and a "
             f"multiple of {_TMA_ROW} outputs; take a launch without p."
         )
-    return _Plan(kernel, blocks, launch.threads, cluster, clusters, sizes, slabs, ahead, boxes)
+    how = slabs, ahead, boxes, launch.x_first
+    return _Plan(kernel, blocks, launch.threads, cluster, clusters, sizes, *how)
 
 
 def adds_adapter(launch: MmaLaunch, scale: float) -> bool:
@@ -481,11 +495,12 @@ def _maps(
     launch: MmaLaunch,
     x: Tensor,
     values: Tensor,
+    metadata: Tensor,
     up: Tensor | None,
     z: Tensor | None,
     y: Tensor | None,
 ) -> bytes:
-    """How the tensor memory accelerator finds tiles of the kept values, X, up, X downᵀ and Y."""
+    """How the tensor memory accelerator finds tiles, in the order of the source."""
     kind = "bf16" if x.dtype == torch.bfloat16 else "fp16"
 
     def made(matrix: Tensor | None, rows: int) -> bytes:
@@ -495,8 +510,12 @@ def _maps(
         return nvrtc.tensor_map(matrix.data_ptr(), kind, width, height, pitch, 64, rows)
 
     rows, tokens = launch.rows, 8 * launch.token_tiles
-    of_y = made(y, tokens)
-    return made(values, rows) + made(x, tokens) + made(up, rows) + made(z, tokens) + of_y
+    height, pitch = metadata.shape
+    maps = made(values, rows)
+    maps += nvrtc.tensor_map(metadata.data_ptr(), "u8", pitch, height, pitch, 16, rows)
+    for matrix, of_box in ((x, tokens), (up, rows), (z, tokens), (y, tokens)):
+        maps += made(matrix, of_box)
+    return maps
 
 
 def _aligned(tensor: Tensor) -> Tensor:

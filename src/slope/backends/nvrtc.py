@@ -233,8 +233,9 @@ class Kernel:
             raise NvrtcError(f"{function} returned CUDA error {status}")
 
 
-_KINDS = {"fp16": 6, "bf16": 9}  # CUtensorMapDataType
-_SWIZZLE_128, _PROMOTE_128 = 3, 2
+_KINDS = {"u8": 0, "fp16": 6, "bf16": 9}  # CUtensorMapDataType
+_SWIZZLES = {"u8": 0, "fp16": 3, "bf16": 3}  # CUtensorMapSwizzle: none, of 128 bytes
+_PROMOTE_128 = 2
 
 
 @functools.lru_cache(maxsize=4096)
@@ -243,16 +244,16 @@ def tensor_map(
 ) -> bytes:
     """``CUtensorMap`` of a matrix: what the tensor memory accelerator reads boxes by.
 
-    In shared memory the chunks of 16 bytes of 8 rows of 128 bytes are swapped; zeros stand for what
-    lies outside.
+    In shared memory the chunks of 16 bytes of 8 rows of 128 bytes are swapped, but not those of
+    ``"u8"``; zeros stand for what lies outside.
 
     Args:
         address: of the first element, a multiple of 16.
-        kind: ``"bf16"`` or ``"fp16"``.
+        kind: ``"bf16"``, ``"fp16"`` or ``"u8"``.
         columns: of the matrix.
         rows: of the matrix.
         pitch: bytes from a row to the next, a multiple of 16.
-        box_columns: of a box, 64 at most.
+        box_columns: of a box, 64 at most, whole 16 bytes.
         box_rows: of a box, 256 at most.
 
     Raises:
@@ -264,7 +265,7 @@ def tensor_map(
         ctypes.c_void_p(ctypes.addressof(room) + begin), _KINDS[kind], 2, ctypes.c_void_p(address),
         (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(pitch),
         (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1),
-        0, _SWIZZLE_128, _PROMOTE_128, 0,
+        0, _SWIZZLES[kind], _PROMOTE_128, 0,
     )  # fmt: skip
     if status:
         raise NvrtcError(f"cuTensorMapEncodeTiled returned CUDA error {status}")
