@@ -118,7 +118,7 @@ def test_cuts_with_wgmma(hopper):
         cuts = cuts_for(tokens, 0)
         assert cuts and all(cut.shared <= 227 * 1024 and cut.threads <= 1024 for cut in cuts)
         kinds = {cut.grouped for cut in cuts}
-        assert kinds == ({False} if tokens <= 8 else {False, True} if tokens <= 32 else {True})
+        assert kinds == ({False, True} if tokens <= 32 else {True})
         assert all(cut.parts(tokens) == 1 for cut in cuts if not cut.tma) or tokens > 64
         # Four warps share X, whose columns begin at a multiple of 1024 bytes.
         assert all(cut.row_warps % 4 == 0 for cut in cuts if cut.grouped)
@@ -140,7 +140,7 @@ def test_launches(hopper, shape):
         for one in found:
             rows, parts = -(-shape[0] // one.rows), one.parts(tokens)
             other = one._replace(x_first=not one.x_first)
-            both = one.tma and min(rows, parts) > 1 and shape[0] * shape[1] <= 40 << 20
+            both = one.tma and min(rows, parts) > 1 and shape[0] * shape[1] <= 6 << 20
             assert (other in found) == both and (both or not one.x_first)
             assert 1 <= one.splits <= decoding_mma.LARGEST_CLUSTER
             if one.splits > 1:

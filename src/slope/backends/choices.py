@@ -18,7 +18,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-VERSION = 11
+VERSION = 12
 
 
 def default_folder() -> Path:
