@@ -98,7 +98,15 @@ def test_the_struct_is_that_of_the_source():
     assert (6 * len(decoding_mma._NO_MAP) + 120 + len(decoding_mma._PADDING)) == 896
 
 
-SHAPES = ((64, 64), (2048, 8192), (4096, 14336), (5120, 5120), (9216, 9216), (28672, 768))
+SHAPES = (
+    (64, 64),
+    (768, 3072),
+    (2048, 8192),
+    (4096, 14336),
+    (5120, 5120),
+    (9216, 9216),
+    (28672, 768),
+)
 
 
 @pytest.mark.parametrize("memory", [99, 163, 227])
@@ -165,6 +173,9 @@ def test_launches(hopper, shape):
     copied_by_threads = [str(cut) for cut in cuts_for(64, 0) if not cut.tma]
     assert launches(64, 64, 64, 0, 0) == copied_by_threads
     assert "8.1.4.1.4t/6" in launches(64, 768, 768, 0, 0)  # a step for each
+    small = launches(1024, 768, 3072, 0, 0)
+    assert "16.1.8.1.4tx/2" in small and "16.1.8.1.4tx/3" not in small
+    assert not any("x" in name for name in launches(1024, 4096, 4096, 0, 0))
 
 
 def test_the_figures_of_a_cut():
@@ -385,6 +396,19 @@ def test_tma_writes_y_where_blocks_share_no_columns(
     assert argument.boxes == boxes and all(not given.boxes for _, _, _, given, _, _ in ahead)
     of_y = (y.data_ptr(), "bf16", outputs, 17, 2 * outputs, 64, 32)
     assert (of_y in maps) == bool(boxes)
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(1, 260, dtype=BF16)[:, 4:], torch.zeros(256, 1).bfloat16().t()]
+)
+def test_tma_is_told_no_stride_of_a_single_token(launched, monkeypatch, x):
+    launched(True)
+    maps = []
+    monkeypatch.setattr(nvrtc, "tensor_map", lambda *given: maps.append(given) or bytes(128))
+    values, metadata = torch.zeros(64, 128, dtype=BF16), torch.zeros(64, 32, dtype=torch.uint8)
+    launch = MmaLaunch.parse("1.1.4.2.8t")
+    decode_mma(x, values, metadata, None, None, None, 1.0, launch)
+    assert [given[1:] for given in maps if given[3] == 1][0] == ("bf16", 256, 1, 512, 64, 8)
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(17, 5), (700, 5 * 22), (4000, 132)])

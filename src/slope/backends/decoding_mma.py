@@ -510,7 +510,9 @@ def _maps(
     def made(matrix: Tensor | None, rows: int) -> bytes:
         if matrix is None:
             return _NO_MAP
-        (height, width), pitch = matrix.shape, matrix.stride(0) * matrix.itemsize
+        height, width = matrix.shape
+        # The stride of a single row may be anything, and contiguous() leaves it so.
+        pitch = (matrix.stride(0) if height > 1 else width) * matrix.itemsize
         return nvrtc.tensor_map(matrix.data_ptr(), kind, width, height, pitch, 64, rows)
 
     rows, tokens = launch.rows, 8 * launch.token_tiles
