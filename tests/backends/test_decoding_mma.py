@@ -431,7 +431,8 @@ def test_blocks_that_stay_are_no_more_than_multiprocessors(launched, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "cut", ["16.1.12.1.3p", "16.1.8.1.3p", "16.2.8.1.2p", "8.1.12.1.4p", "11.1.8.1.4p"]
+    "cut",
+    ["16.1.12.1.3p", "16.1.8.1.3p", "16.2.8.1.2p", "8.1.12.1.4p", "11.1.8.1.4p", "12.1.12.1.3p"],
 )
 @pytest.mark.parametrize("low_splits", [0, 1])
 def test_cuts_of_blocks_that_stay_compile(compiler, tmp_path, cut, low_splits):

@@ -291,7 +291,15 @@ def test_a_decode_kernel_by_name(shape, dtype, backend):
 @pytest.mark.parametrize("rank", [0, 40])
 @pytest.mark.parametrize(
     "cut",
-    ["16.1.12.1.3p", "16.1.8.1.3p", "16.2.8.1.2p", "8.2.8.1.3p", "8.1.12.1.4p", "11.1.8.1.4p"],
+    [
+        "16.1.12.1.3p",
+        "16.1.8.1.3p",
+        "16.2.8.1.2p",
+        "8.2.8.1.3p",
+        "8.1.12.1.4p",
+        "11.1.8.1.4p",
+        "12.1.12.1.3p",
+    ],
 )
 @pytest.mark.parametrize(("outputs", "tokens"), [(5000, 1500), (72, 5), (264, 20000)])
 def test_blocks_that_make_several_tiles(cut, outputs, tokens, rank):

@@ -772,7 +772,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPYING, HANDS_OVER ? 1 :
     const int low_blocks = TMA ? 0 : low_tiles * parts * arg.low_splits;
     const int first = (low_blocks + cluster - 1) / cluster * cluster;
     const int block = blockIdx.x, number = (block - first) / cluster, rest = number / parts;
-    // Tokens change fastest, so that rows of A are read again out of the L2 cache.
+    // Tokens change fastest, so that rows of A are read again out of the L2 cache (by TMA: unless x_first).
     const int tile = rest % tiles;
     const int split = cluster > 1 ? (block - first) % cluster : rest / tiles;
 #if TMA
